@@ -1,0 +1,166 @@
+"""The fields that say what is removed and when, for `TrainingArguments`, for flags, and alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+ScheduleName = Literal["exp", "cubic", "cos", "linear", "oneshot"]
+CriterionName = Literal["magnitude", "snip_momentum", "taylor"]
+ScopeName = Literal["global", "local"]
+
+
+@dataclass
+class SlimArgumentsMixin:
+    """The slimming fields, to be combined with any `TrainingArguments` class.
+
+    Put it first among the bases: `class MyArguments(SlimArgumentsMixin, MyTrainingArguments)`.
+
+    Raises:
+        ValueError: If a value is out of range; the message names the field and quotes the value.
+    """
+
+    ffn2_sparsity: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the intermediate channels to remove, in [0, 1)."},
+    )
+    mha_sparsity: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the attention heads (or key-value groups) to remove, in [0, 1)."},
+    )
+    slim_start: float = field(
+        default=0.05,
+        metadata={"help": "First pruning step: 1 or more is a step, below 1 a fraction of training."},
+    )
+    slim_end: float = field(
+        default=0.3,
+        metadata={
+            "help": "Last pruning step, at which the target sparsity is reached; recovery follows. "
+            "1 or more is a step, below 1 a fraction of training."
+        },
+    )
+    slim_frequency: float = field(
+        default=0.02,
+        metadata={"help": "Distance of the pruning steps: 1 or more is in steps, below 1 a fraction of training."},
+    )
+    slim_schedule: ScheduleName = field(
+        default="cubic",
+        metadata={"help": "How the sparsity grows from the first to the last pruning step."},
+    )
+    slim_criterion: CriterionName = field(
+        default="taylor",
+        metadata={"help": "Importance score of a unit."},
+    )
+    slim_scope: ScopeName = field(
+        default="global",
+        metadata={"help": "Rank units over all layers (global) or remove the same fraction of every layer (local)."},
+    )
+    slim_round_to: int = field(
+        default=32,
+        metadata={"help": "Round the intermediate channels kept in a layer up to a multiple of this."},
+    )
+    slim_min_heads: int = field(
+        default=1,
+        metadata={"help": "Attention heads (or key-value groups) that every layer keeps at least."},
+    )
+    slim_exclude: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules to leave alone. Each is a shell-style pattern or a regular expression that "
+            "matches a module's whole dotted name or the end of it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges, then hand over to the other base's checks."""
+        _check_fields(self)
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+
+
+@dataclass
+class SlimConfig(SlimArgumentsMixin):
+    """The slimming fields alone, for `SlimTrainerCallback(SlimConfig(...))` beside plain `TrainingArguments`."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Any) -> SlimConfig:
+        """Read the slimming fields of any object that has them.
+
+        Args:
+            arguments: For example a `SlimTrainingArguments`.
+
+        Returns:
+            A `SlimConfig` with the same values.
+
+        Raises:
+            ValueError: If the object lacks the fields, or a value is out of range.
+        """
+        missing = [f.name for f in fields(cls) if not hasattr(arguments, f.name)]
+        if missing:
+            raise ValueError(
+                f"{type(arguments).__name__} has no field {missing[0]!r}: train with SlimTrainingArguments (or your "
+                "arguments class combined with SlimArgumentsMixin), or pass a SlimConfig to SlimTrainerCallback."
+            )
+        return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
+
+
+@dataclass
+class SlimTrainingArguments(SlimArgumentsMixin, TrainingArguments):
+    """`TrainingArguments` with the slimming fields."""
+
+
+@dataclass
+class SlimSeq2SeqTrainingArguments(SlimArgumentsMixin, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the slimming fields."""
+
+
+def _check_fields(values: SlimArgumentsMixin) -> None:
+    for name in ("ffn2_sparsity", "mha_sparsity"):
+        _check_number(values, name)
+        if not 0 <= getattr(values, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(values, name)}: it is the fraction to remove.")
+    for name in ("slim_start", "slim_end", "slim_frequency"):
+        value = _check_number(values, name)
+        if value < 0 or (value >= 1 and value != int(value)):
+            raise ValueError(
+                f"{name} must be a step (a whole number from 1) or a fraction of training (in [0, 1)), got {value}."
+            )
+        if name == "slim_end" and value == 1 and isinstance(value, float):
+            raise ValueError(
+                "slim_end=1.0 is ambiguous: write the step 1 as a whole number. To prune until late, leave "
+                "some of it for recovery, as with slim_end=0.9."
+            )
+        if value >= 1:
+            setattr(values, name, int(value))
+    if values.slim_frequency == 0:
+        raise ValueError("slim_frequency must be above 0, got 0: it is the distance between two pruning steps.")
+    if (values.slim_start < 1) == (values.slim_end < 1) and values.slim_start > values.slim_end:
+        raise ValueError(
+            f"slim_start must not be after slim_end, got slim_start={values.slim_start}, slim_end={values.slim_end}."
+        )
+    for name, kind in (
+        ("slim_schedule", ScheduleName),
+        ("slim_criterion", CriterionName),
+        ("slim_scope", ScopeName),
+    ):
+        if getattr(values, name) not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(values, name)!r}.")
+    for name in ("slim_round_to", "slim_min_heads"):
+        value = getattr(values, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
+    if isinstance(values.slim_exclude, str):
+        values.slim_exclude = [values.slim_exclude]
+
+
+def _check_number(values: SlimArgumentsMixin, name: str) -> float:
+    value = getattr(values, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return value

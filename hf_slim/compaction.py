@@ -1,0 +1,103 @@
+"""From masks to smaller tensors and attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .selection import round_up
+from .structures import Masks, Structure, get_tensor
+
+
+def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Masks) -> None:
+    """Remove the units that the masks drop: slice the tensors and change the attributes that count units.
+
+    The Parameter objects stay the same, with smaller data; their gradients are dropped. Dropping units that are not
+    zero changes what the model computes.
+
+    Args:
+        model: The model that the structures were found in; changed in place.
+        structures: Its structures.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+
+    Raises:
+        ValueError: If a mask keeps no unit at all.
+    """
+    dropped: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for structure in structures:
+        if not masks[structure.name].any():
+            raise ValueError(
+                f"{structure.name}: the mask keeps none of the {structure.units} units; keep one at least."
+            )
+        for place, where in structure.positions(~masks[structure.name]).items():
+            dropped.setdefault(place, []).append(where)
+    for (name, dim), parts in dropped.items():
+        where = torch.cat(parts)
+        if len(where):
+            _remove_positions(model, name, dim, where)
+    for structure in structures:
+        kept = int(masks[structure.name].sum())
+        for count in structure.counts:
+            setattr(model.get_submodule(count.module), count.attribute, count.per_unit * kept)
+
+
+def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
+    """Give structures a number of units, for weights that will be loaded into them afterwards.
+
+    Args:
+        model: A model whose structures have at least as many units; changed in place.
+        structures: Its structures.
+        units: For each structure's name the number of units.
+
+    Raises:
+        ValueError: If a structure has fewer units than asked for, or none are asked for.
+    """
+    masks = {}
+    for structure in structures:
+        wanted = units[structure.name]
+        if not 1 <= wanted <= structure.units:
+            raise ValueError(f"{structure.name} has {structure.units} units, so it cannot be given {wanted}.")
+        masks[structure.name] = torch.arange(structure.units, device="cpu") < wanted
+    compact_model(model, structures, masks)
+
+
+def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:
+    """Keep some dropped units after all, so that the numbers of channels are multiples and no structure is empty.
+
+    Args:
+        structures: The structures of the masks.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        multiple: Multiple for the number of intermediate channels; heads are not rounded.
+
+    Returns:
+        New masks, that keep the first of the dropped units in addition.
+    """
+    rounded = {}
+    for structure in structures:
+        mask = masks[structure.name].clone()
+        number = max(1, int(mask.sum()))
+        if structure.kind == "ffn":
+            number = round_up(number, multiple, structure.units)
+        spare = (~mask).nonzero().flatten()
+        mask[spare[: number - int(mask.sum())]] = True
+        rounded[structure.name] = mask
+    return rounded
+
+
+@torch.no_grad()
+def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor) -> None:
+    tensor = get_tensor(model, name)
+    keep = torch.ones(tensor.shape[dim], dtype=torch.bool, device="cpu")
+    keep[where] = False
+    tensor.grad = None
+    tensor.data = tensor.data.index_select(dim, keep.nonzero().flatten().to(tensor.device))
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape

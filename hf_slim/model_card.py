@@ -1,0 +1,98 @@
+"""From the report to the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .loading import RECORD_KEY
+from .remote_code import find_auto_classes
+from .report import SlimReport
+
+_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+
+
+def make_model_card(
+    model: PreTrainedModel,
+    report: SlimReport,
+    *,
+    repo_id: str,
+    has_remote_code: bool,
+    metrics: Mapping[str, float] | None = None,
+) -> ModelCard:
+    """Write the model card of a slim model.
+
+    Args:
+        model: The slim model.
+        report: What slimming made of it.
+        repo_id: What users pass to `from_pretrained`.
+        has_remote_code: Whether the folder holds the remote-code file.
+        metrics: Evaluation results, by name.
+
+    Returns:
+        The card, ready to be saved.
+    """
+    source = model.config.name_or_path
+    base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
+    needs_import = hasattr(model.config, RECORD_KEY)
+    return ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=["hf_slim", "pruning"], base_model=base_model),
+        template_path=str(_TEMPLATE),
+        title=repo_id.rpartition("/")[2],
+        sentence=_sentence(model, report, base_model),
+        table=_markdown_table(
+            ("", "before", "after", "change"),
+            [
+                _row("parameters", report.parameters_before, report.parameters_after, 1, "{:,.0f}"),
+                _row("megabytes", report.bytes_before, report.bytes_after, 1e6, "{:,.1f}"),
+            ],
+        ),
+        stock_note=(
+            "The layers have different sizes, or sizes that the stock config cannot express. `import hf_slim` "
+            "(`pip install hf-slim`), then load it as any other model."
+            if needs_import
+            else "The config expresses the sizes by itself: this is a stock model, and nothing needs to be installed."
+        ),
+        needs_import=needs_import,
+        auto_class=_auto_class(model),
+        repo_id=repo_id,
+        has_remote_code=has_remote_code,
+        structures=_markdown_table(
+            ("structure", "kind", "before", "after"),
+            [(f"`{s.name}`", s.kind, str(s.before), str(s.after)) for s in report.structures],
+        ),
+        metrics=_markdown_table(
+            ("metric", "value"), [(name, f"{value:.4f}") for name, value in (metrics or {}).items()]
+        )
+        if metrics
+        else "",
+    )
+
+
+def _sentence(model: PreTrainedModel, report: SlimReport, base_model: str | None) -> str:
+    share = report.parameters_after / report.parameters_before
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A `{type(model).__name__}`"
+    return (
+        f"{of} with {share:.0%} of its parameters: intermediate channels and attention heads were removed physically "
+        "with [hf_slim](https://pypi.org/project/hf-slim)."
+    )
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    """The Auto class that serves the model's own class, preferably of the same task; or the class itself."""
+    serving = [auto for auto, name in find_auto_classes(model).items() if name == type(model).__name__]
+    same_task = [auto for auto in serving if type(model).__name__.endswith(auto.removeprefix("Auto"))]
+    generating = [auto for auto in serving if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")]
+    return next(iter([*same_task, *generating, *serving]), type(model).__name__)
+
+
+def _row(name: str, before: float, after: float, unit: float, form: str) -> tuple[str, str, str, str]:
+    return name, form.format(before / unit), form.format(after / unit), f"{after / before - 1:+.0%}"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

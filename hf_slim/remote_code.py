@@ -1,0 +1,103 @@
+"""The self-contained file that gives a slim model its shape where hf_slim is not installed."""
+
+from __future__ import annotations
+
+import pprint
+from pathlib import Path
+from string import Template
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from .discovery import find_structures
+from .loading import REMOTE_MODULE, base_prefix, build_dense, find_stock_class
+from .structures import get_tensor
+
+_TEMPLATE = Path(__file__).with_name("templates") / "modeling_hf_slim.py.txt"
+
+
+def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | None:
+    """Write the remote-code file of a slim model.
+
+    Args:
+        model: The slim model, with a shape record in its config.
+
+    Returns:
+        The source text, and the `auto_map` for the config; None if the model's class is not one that transformers
+        exports, so that the file could not import it.
+    """
+    auto_map: dict[str, str] = {}
+    classes: list[str] = []
+    for auto_class, name in find_auto_classes(model).items():
+        auto_map[auto_class] = f"{REMOTE_MODULE}.{name}"
+        if name not in classes:
+            classes.append(name)
+    if not auto_map:
+        return None
+    dense = build_dense(model)
+    prefix = base_prefix(model)
+    shapes = {}
+    for structure in find_structures(model).structures:
+        for member in structure.members:
+            shape = tuple(get_tensor(model, member.tensor).shape)
+            if shape != tuple(get_tensor(dense, member.tensor).shape):
+                shapes[member.tensor.removeprefix(prefix)] = shape
+    source = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        shapes=pprint.pformat(shapes, width=110, sort_dicts=False),
+        attributes=pprint.pformat(_attributes(model, dense, prefix), width=110, sort_dicts=False),
+        classes="\n\n\n".join(_class_source(name) for name in classes),
+    )
+    return source, auto_map
+
+
+def _class_source(name: str) -> str:
+    return (
+        f"class {name}(transformers.{name}):\n"
+        f'    """`transformers.{name}` with the sizes above."""\n\n'
+        "    def __init__(self, config, *args, **kwargs):\n"
+        "        super().__init__(config, *args, **kwargs)\n"
+        "        resize(self)"
+    )
+
+
+def find_auto_classes(model: PreTrainedModel) -> dict[str, str]:
+    """Find the Auto classes that build a model's class or its base model's.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        For each Auto class's name the name of the class that it builds; empty for a class of the user's own.
+    """
+    own = find_stock_class(model)
+    found: dict[str, str] = {}
+    for auto_name in sorted(name for name in vars(transformers.models.auto.modeling_auto) if name.startswith("Auto")):
+        mapping = getattr(getattr(transformers, auto_name, None), "_model_mapping", None)
+        if mapping is None or type(model.config) not in mapping:
+            continue
+        served = mapping[type(model.config)]
+        for candidate in served if isinstance(served, (list, tuple)) else (served,):
+            if candidate is own or auto_name == "AutoModel":
+                found[auto_name] = candidate.__name__
+    return found if own.__name__ in found.values() else {}
+
+
+def _attributes(model: nn.Module, dense: nn.Module, prefix: str) -> dict[str, dict[str, int]]:
+    """For each module the counting attributes that differ from the dense model's."""
+    found: dict[str, dict[str, int]] = {}
+    sizes = {torch.nn.Linear: ("in_features", "out_features"), torch.nn.Embedding: ("embedding_dim",)}
+    for name, module in model.named_modules():
+        other = dense.get_submodule(name)
+        watched = next((names for kind, names in sizes.items() if isinstance(module, kind)), ("nx", "nf"))
+        for attribute in watched:
+            value = module.__dict__.get(attribute)
+            if value is not None and value != other.__dict__.get(attribute):
+                found.setdefault(name.removeprefix(prefix), {})[attribute] = value
+    for structure in find_structures(model).structures:
+        for count in structure.counts:
+            value = getattr(model.get_submodule(count.module), count.attribute)
+            if value != getattr(dense.get_submodule(count.module), count.attribute):
+                found.setdefault(count.module.removeprefix(prefix), {})[count.attribute] = value
+    return found

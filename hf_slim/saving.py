@@ -1,0 +1,250 @@
+"""save_slimmed: compact, check, write the folder whole or not at all, and push it to the Hub."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import CONFIG_NAME, logging
+
+from .arguments import SlimConfig
+from .auto_slim import model_slim
+from .callback import SlimTrainerCallback
+from .discovery import find_structures, require_structures
+from .loading import RECORD_KEY, REMOTE_MODULE, find_stock_class
+from .model_card import make_model_card
+from .remote_code import make_remote_code
+from .report import SlimReport, StructureSize, count_bytes, count_parameters
+from .verification import VerificationError, compare_outputs, compute_outputs, make_inputs
+
+logger = logging.get_logger(__name__)
+
+_WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def save_slimmed(
+    trainer_or_model: Trainer | PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    verify: bool | Mapping[str, torch.Tensor] = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    inplace: bool = False,
+    **hub_kwargs: Any,
+) -> SlimReport:
+    """Remove the zero units of a model physically and save it as `save_pretrained` would.
+
+    The folder gets the weights, the config with the new shape, the tokenizer or processor, a model card and, where the
+    config cannot express the shape, a small remote-code file. It is written beside `output_dir` and moved into place;
+    other files that are in `output_dir` stay there.
+
+    Args:
+        trainer_or_model: The `Trainer` after training, or any model with zero units.
+        output_dir: The folder.
+        processing_class: Tokenizer or processor to save along; the trainer's own if it is not given.
+        verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
+            the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass)
+            is used instead of made inputs. False skips both checks.
+        push_to_hub: Upload the folder.
+        repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
+        inplace: Leave the caller's model slimmed, too; else it stays as it was.
+        **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
+            `push_to_hub` of transformers.
+
+    Returns:
+        Parameters, bytes and the size of every structure before and after; prints as a table.
+
+    Raises:
+        ValueError: If the model has nothing to slim, or no input can be made for it.
+        OSError: If `output_dir` is a file or cannot be written.
+        VerificationError: If the slimmed model computes something else; nothing is written.
+    """
+    trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None
+    model = _unwrap(trainer_or_model.model if isinstance(trainer_or_model, Trainer) else trainer_or_model)
+    if hub_kwargs and not push_to_hub:
+        raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
+    _refuse_unknown_keywords(hub_kwargs)
+    target = _check_folder(output_dir)
+    structures = require_structures(model, find_structures(model))
+    multiple = _round_to(trainer)
+
+    slim = _copy(model)
+    inputs = dict(verify) if isinstance(verify, Mapping) else make_inputs(model) if verify else None
+    expected = compute_outputs(slim, inputs) if inputs is not None else None
+    model_slim(slim, multiple)
+    if inputs is not None and expected is not None:
+        try:
+            actual = compute_outputs(slim, inputs)
+        except ValueError as error:
+            raise VerificationError(
+                f"The masked model runs, but the slimmed one does not, so a structure was taken for something that it "
+                f"is not. Nothing was saved. Leave it out with slim_exclude. {error.__cause__}"
+            ) from error
+        compare_outputs(expected, actual)
+    now = {s.name: s.units for s in find_structures(slim).structures}
+    report = SlimReport(
+        count_parameters(model),
+        count_parameters(slim),
+        count_bytes(model),
+        count_bytes(slim),
+        tuple(StructureSize(s.name, s.kind, s.units, now[s.name]) for s in structures),
+    )
+    if report.parameters_after == report.parameters_before:
+        logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
+    name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
+    if processing_class is None and trainer is not None:
+        processing_class = trainer.processing_class
+    _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer))
+    if inplace:
+        model_slim(model, multiple)
+    if push_to_hub:
+        _push(target, name, hub_kwargs)
+    return report
+
+
+def _write_folder(
+    target: Path,
+    slim: PreTrainedModel,
+    report: SlimReport,
+    name: str,
+    processing_class: Any,
+    inputs: dict[str, Any] | None,
+    metrics: dict[str, float],
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target if target.exists() else target.parent
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as scratch:
+        folder = Path(scratch) / target.name
+        remote = make_remote_code(slim) if hasattr(slim.config, RECORD_KEY) else None
+        if remote is not None:
+            slim.config.auto_map = remote[1]
+        slim.save_pretrained(folder)
+        if remote is not None:
+            (folder / f"{REMOTE_MODULE}.py").write_text(remote[0], encoding="utf-8")
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        card = make_model_card(slim, report, repo_id=name, has_remote_code=remote is not None, metrics=metrics)
+        card.save(folder / "README.md")
+        if inputs is not None:
+            _check_reload(folder, slim, inputs)
+        _move_into_place(folder, target)
+
+
+def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
+    reloaded = (
+        find_stock_class(slim)
+        .from_pretrained(folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation)
+        .to(slim.device)
+    )
+    loaded = reloaded.state_dict()
+    for key, tensor in slim.state_dict().items():
+        if key not in loaded or not torch.equal(tensor, loaded[key]):
+            raise VerificationError(
+                f"The saved folder gives another {key} than the slim model has. Nothing was saved."
+            )
+    expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
+    compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+
+
+def _move_into_place(folder: Path, target: Path) -> None:
+    """Put the new folder where an old one may be; what else is in the old one stays.
+
+    An old model is taken apart from its config on and the new config comes last, so that an interruption leaves no
+    mixture that can be loaded.
+    """
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    new = {path.name for path in folder.iterdir()}
+    for path in target.iterdir():
+        if path.name not in new and (_WEIGHTS.fullmatch(path.name) or path.name == f"{REMOTE_MODULE}.py"):
+            path.unlink()
+    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
+        os.replace(folder / name, target / name)
+
+
+def _check_folder(output_dir: str | os.PathLike[str]) -> Path:
+    target = Path(output_dir).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"output_dir={str(output_dir)!r} is a file; name a folder.")
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=existing).cleanup()
+    except OSError as error:
+        raise PermissionError(f"output_dir={str(output_dir)!r} cannot be written: {error}.") from error
+    return target
+
+
+def _unwrap(model: Any) -> PreTrainedModel:
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"save_slimmed takes a Trainer or a PreTrainedModel, got {type(model).__name__}. For another module call "
+            "model_slim and save it yourself."
+        )
+    return model
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without gradients and without what accelerate wrapped around the forward pass."""
+    slim = copy.deepcopy(model)
+    slim.zero_grad(set_to_none=True)
+    return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+
+
+def _round_to(trainer: Trainer | None) -> int:
+    """The multiple for the channels: that of the trainer's settings, or the default."""
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
+    for callback in callbacks:
+        if isinstance(callback, SlimTrainerCallback) and isinstance(callback.settings, SlimConfig):
+            return callback.settings.slim_round_to
+    return SlimConfig().slim_round_to
+
+
+def _metrics(trainer: Trainer | None) -> dict[str, float]:
+    """The last evaluation of the trainer."""
+    for entry in reversed(trainer.state.log_history if trainer is not None else []):
+        found = {key: value for key, value in entry.items() if key.startswith("eval_")}
+        if found:
+            timings = ("_runtime", "_per_second")
+            return {key: value for key, value in found.items() if not key.endswith(timings)}
+    return {}
+
+
+_CREATE_KEYWORDS = ("token", "private")
+_UPLOAD_KEYWORDS = ("token", "revision", "commit_message", "commit_description", "create_pr")
+
+
+def _refuse_unknown_keywords(keywords: Mapping[str, Any]) -> None:
+    unknown = sorted(set(keywords) - {*_CREATE_KEYWORDS, *_UPLOAD_KEYWORDS})
+    if unknown:
+        known = ", ".join(dict.fromkeys((*_CREATE_KEYWORDS, *_UPLOAD_KEYWORDS)))
+        raise TypeError(
+            f"save_slimmed() got an unexpected keyword argument {unknown[0]!r}; for the Hub it takes {known}."
+        )
+
+
+def _push(folder: Path, repo_id: str, keywords: Mapping[str, Any]) -> None:
+    api = HfApi()
+    create = {key: keywords[key] for key in _CREATE_KEYWORDS if key in keywords}
+    upload = {key: keywords[key] for key in _UPLOAD_KEYWORDS if key in keywords}
+    repo = api.create_repo(repo_id, exist_ok=True, **create)
+    upload.setdefault("commit_message", "Upload slim model")
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        ignore_patterns=["checkpoint-*/**", "runs/**", "*.bin", "training_args*"],
+        **upload,
+    )

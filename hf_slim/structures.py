@@ -1,0 +1,164 @@
+"""Coupled layers that shrink together, and the index arithmetic of their units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import LongTensor, nn
+
+Kind = Literal["ffn", "mha"]
+Role = Literal["output", "input", "extra"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One tensor of a structure and the positions that each unit owns in it.
+
+    Args:
+        tensor: Dotted name of the parameter or buffer.
+        dim: The dimension along which the units lie.
+        index: Positions along `dim`, shape `[units, k]`.
+        role: `output` for the weight that reads the units (FFN2, output projection), `input` for the weights that
+            make them, `extra` for what else belongs to a unit (biases, relative-position tables).
+    """
+
+    tensor: str
+    dim: int
+    index: LongTensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class Count:
+    """A module attribute that counts units: its value is `per_unit` times the number of units.
+
+    Args:
+        module: Dotted name of the module.
+        attribute: Name of the attribute.
+        per_unit: What one unit adds to it.
+    """
+
+    module: str
+    attribute: str
+    per_unit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Coupled layers that shrink together.
+
+    Args:
+        name: Dotted name of the second layer (FFN2 or output projection), `*` where it spans several blocks.
+        kind: `ffn`, whose unit is an intermediate channel, or `mha`, whose unit is an attention head or, with
+            grouped-query attention, a key-value group.
+        units: How many units it has.
+        members: The tensors that it touches.
+        counts: The module attributes that count its units.
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    members: tuple[Member, ...]
+    counts: tuple[Count, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Member, ...]:
+        """The members that read the units: the FFN2 columns or those of the output projection."""
+        return tuple(m for m in self.members if m.role == "output")
+
+    def positions(self, units: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
+        """Where units lie in the tensors.
+
+        Args:
+            units: Boolean, shape `[units]`; True for the units asked for.
+
+        Returns:
+            For each (tensor, dimension) of the members the ascending positions, int64.
+        """
+        found: dict[tuple[str, int], list[torch.Tensor]] = {}
+        for member in self.members:
+            found.setdefault((member.tensor, member.dim), []).append(member.index[units].flatten())
+        return {place: torch.cat(parts).sort().values for place, parts in found.items()}
+
+
+Masks = Mapping[str, torch.Tensor]
+"""For each structure's name a boolean tensor of shape `[units]`, True = keep."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that looked like attention or a feed-forward network and is left alone.
+
+    Args:
+        name: Dotted name of the module.
+        kind: `ffn` or `mha`.
+        reason: Why.
+    """
+
+    name: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What `find_structures` found in a model.
+
+    Args:
+        structures: What can be slimmed, in the order of the model's modules.
+        skipped: What looked like it and is left alone, with the reason.
+    """
+
+    structures: tuple[Structure, ...]
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    def __str__(self) -> str:
+        """A readable summary, a line for each structure and each skipped module."""
+        lines = [f"{len(self.structures)} structures"]
+        lines += [f"  {s.kind}  {s.name}: {s.units} units" for s in self.structures]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} skipped")
+            lines += [f"  {s.kind}  {s.name}: {s.reason}" for s in self.skipped]
+        return "\n".join(lines)
+
+    def of_kind(self, kind: Kind) -> tuple[Structure, ...]:
+        """The structures of one kind."""
+        return tuple(s for s in self.structures if s.kind == kind)
+
+
+def blocks(count: int, size: int, start: int = 0) -> LongTensor:
+    """The index of units that own consecutive ranges.
+
+    Args:
+        count: Number of units.
+        size: Positions of each.
+        start: Position at which the first begins.
+
+    Returns:
+        int64 tensor of shape `[count, size]`.
+    """
+    index = torch.arange(count * size, device="cpu").view(count, size) + start
+    return index  # type: ignore[return-value]
+
+
+def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of that dotted name.
+
+    Args:
+        model: Any module.
+        name: For example `encoder.layer.0.output.dense.weight`.
+
+    Returns:
+        The tensor itself.
+    """
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def total_units(structures: Iterable[Structure]) -> int:
+    """The number of units of several structures together."""
+    return sum(s.units for s in structures)

@@ -1,0 +1,33 @@
+"""Installation of hf_slim."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
+TEST = ["pytest", "pytest-timeout", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS]
+
+setup(
+    name="hf-slim",
+    version="0.1.0",
+    description="Makes transformer models smaller and faster while they are fine-tuned, as a plugin for the Trainer.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_slim", "hf_slim.*"]),
+    package_data={"hf_slim": ["py.typed", "templates/*", "metrics/*/*.py"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=5,<6",
+        "accelerate",
+        "datasets",
+        "evaluate",
+    ],
+    extras_require={"test": TEST, "docs": DOCS},
+    entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

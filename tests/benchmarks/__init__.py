@@ -1,0 +1,1 @@
+"""Speed and quality figures, printed as tables; not tests."""

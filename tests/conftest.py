@@ -1,0 +1,135 @@
+"""Tiny models of every family, and the real data where it is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import hf_slim  # noqa: F401
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where others use the cores
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXT = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+STACK = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+GROUPED = {**STACK, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+
+FAMILIES = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {**TEXT, **STACK}),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", {**TEXT, **STACK}),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", {**TEXT, **STACK, "embedding_size": 16}),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {**TEXT, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    ),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            **TEXT,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
+        },
+    ),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, **GROUPED}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**TEXT, **GROUPED}),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {**TEXT, **STACK, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            **TEXT,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 48,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": None,
+        },
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**TEXT, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 64, "decoder_start_token_id": 0},
+    ),
+    "t5-gated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            **TEXT,
+            "d_model": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "d_kv": 8,
+            "d_ff": 64,
+            "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**STACK, "image_size": 16, "patch_size": 4}),
+}
+
+
+def build(family: str, seed: int = 0, spread: float = 0.3, **changes: object) -> PreTrainedModel:
+    """A tiny model with weights large enough that every unit matters, in evaluation mode."""
+    model_class, config_class, fields = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**fields, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, spread)
+    return model.eval()
+
+
+def make_batch(model: PreTrainedModel, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Two examples for a tiny model, with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {
+            "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+            "labels": torch.tensor([0, 1]),
+        }
+    ids = torch.randint(5, 99, (2, 7), generator=generator)
+    if "SequenceClassification" in type(model).__name__:
+        return {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    return {"input_ids": ids, "labels": ids}
+
+
+def half_masks(structures, seed: int = 2, keep=lambda structure: structure.units // 2) -> dict[str, torch.Tensor]:
+    """Random masks that keep half of the units of each structure."""
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randperm(s.units, generator=generator) < keep(s) for s in structures}
+
+
+def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the model makes of a batch."""
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def need_data(name: str) -> Path:
+    """A folder of the real data, or a skipped test."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"the real data set {name} is not in {DATA}")
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Every family in turn."""
+    return request.param

@@ -1,0 +1,66 @@
+"""Runs the code blocks of one Markdown page in order, in the current folder: `python tests/run_page.py README.md`.
+
+The `python` blocks share one namespace, as if they were one script. The `bash` blocks run in a shell. What an `output`
+block holds has to be what the block before it printed.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+EXEMPT = (
+    "pip install .",
+    'pip install -e ".[test]"',
+    "pytest",
+)
+"""Commands of bash blocks that are not run: they install the package, or start the tests that run the pages."""
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, and the line on which its text begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def find_blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page that name a language."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in fences]
+
+
+def find_commands(block: str) -> list[str]:
+    """The commands of a bash block but for those that are exempt."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [command for line in lines for command in line.strip().split(" && ") if command not in (*EXEMPT, "")]
+
+
+def run_page(page: Path) -> None:
+    """Run the blocks of a page."""
+    namespace = {"__name__": "__main__"}
+    printed = ""
+    for block in find_blocks(page):
+        print(f"--- {page.name}, line {block.line}: {block.language}", file=sys.stderr, flush=True)
+        if block.language == "python":
+            stdout = io.StringIO()
+            # Empty lines before the block give tracebacks the line numbers of the page.
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            with contextlib.redirect_stdout(stdout):
+                exec(code, namespace)
+            printed = stdout.getvalue()
+            print(printed, flush=True)
+        elif block.language == "bash":
+            for command in find_commands(block.text):
+                subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
+        elif block.language == "output" and printed.strip() != block.text.strip():
+            sys.exit(f"{page.name}, line {block.line}: the page says\n{block.text}\nbut this was printed\n{printed}")
+
+
+if __name__ == "__main__":
+    run_page(Path(sys.argv[1]).resolve())

@@ -1,0 +1,112 @@
+"""Fields, flags and range checks."""
+
+import json
+from dataclasses import dataclass, field, fields
+
+import pytest
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_slim import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
+
+NAMES = [
+    "ffn2_sparsity",
+    "mha_sparsity",
+    "slim_start",
+    "slim_end",
+    "slim_frequency",
+    "slim_schedule",
+    "slim_criterion",
+    "slim_scope",
+    "slim_round_to",
+    "slim_min_heads",
+    "slim_exclude",
+]
+
+
+def test_all_classes_have_the_same_fields():
+    assert [f.name for f in fields(SlimArgumentsMixin)] == NAMES
+    assert [f.name for f in fields(SlimConfig)] == NAMES
+    for cls, base in (
+        (SlimTrainingArguments, TrainingArguments),
+        (SlimSeq2SeqTrainingArguments, Seq2SeqTrainingArguments),
+    ):
+        assert {f.name for f in fields(cls)} - {f.name for f in fields(base)} == set(NAMES)
+        assert cls("out").output_dir == "out"
+
+
+def test_every_field_has_help():
+    assert all(f.metadata["help"] for f in fields(SlimConfig))
+
+
+def test_flags_parse():
+    parser = HfArgumentParser(SlimTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(
+        "--output_dir out --ffn2_sparsity 0.8 --mha_sparsity 0.6 --slim_start 100 --slim_end 0.7 --slim_frequency 50 "
+        "--slim_schedule exp --slim_criterion snip_momentum --slim_scope local --slim_round_to 16 --slim_min_heads 2 "
+        "--slim_exclude encoder.layer.0 .*attention".split()
+    )
+    assert [getattr(args, name) for name in NAMES] == [
+        *(0.8, 0.6, 100, 0.7, 50, "exp", "snip_momentum", "local", 16, 2),
+        ["encoder.layer.0", ".*attention"],
+    ]
+    assert isinstance(args.slim_start, int)
+
+
+def test_values_survive_json():
+    args = SlimTrainingArguments("out", ffn2_sparsity=0.5, slim_exclude=["x"], slim_end=7)
+    assert {k: v for k, v in args.to_dict().items() if k in NAMES} == {
+        k: v for k, v in json.loads(args.to_json_string()).items() if k in NAMES
+    }
+    assert args.to_dict()["ffn2_sparsity"] == 0.5
+    assert args.to_dict()["slim_end"] == 7
+    assert args.to_dict()["slim_exclude"] == ["x"]
+
+
+def test_mixin_composes_with_another_subclass():
+    @dataclass
+    class Other(TrainingArguments):
+        extra: int = field(default=3)
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.doubled = 2 * self.extra
+
+    @dataclass
+    class Both(SlimArgumentsMixin, Other):
+        pass
+
+    args = Both("out", ffn2_sparsity=0.5, extra=4)
+    assert (args.doubled, args.ffn2_sparsity, args.output_dir) == (8, 0.5, "out")
+    with pytest.raises(ValueError, match="ffn2_sparsity must be in"):
+        Both("out", ffn2_sparsity=2)
+
+
+@pytest.mark.parametrize("cls", [SlimConfig, lambda **kwargs: SlimTrainingArguments("out", **kwargs)])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ffn2_sparsity": 1.0}, r"ffn2_sparsity must be in \[0, 1\), got 1.0"),
+        ({"mha_sparsity": -0.1}, r"mha_sparsity must be in \[0, 1\), got -0.1"),
+        ({"mha_sparsity": float("nan")}, r"mha_sparsity must be in \[0, 1\), got nan"),
+        ({"mha_sparsity": "half"}, "mha_sparsity must be a number, got 'half'"),
+        ({"slim_start": 0.6, "slim_end": 0.5}, "slim_start must not be after slim_end, got slim_start=0.6"),
+        ({"slim_start": 20, "slim_end": 10}, "slim_start must not be after slim_end, got slim_start=20"),
+        ({"slim_start": -1}, "slim_start must be a step .* got -1"),
+        ({"slim_end": 1.0}, "slim_end=1.0 is ambiguous"),
+        ({"slim_end": 1.5}, "slim_end must be a step .* got 1.5"),
+        ({"slim_frequency": 0}, "slim_frequency must be above 0"),
+        ({"slim_schedule": "quick"}, "slim_schedule must be one of exp, cubic, cos, linear, oneshot, got 'quick'"),
+        ({"slim_criterion": "l2"}, "slim_criterion must be one of magnitude, snip_momentum, taylor, got 'l2'"),
+        ({"slim_scope": "layer"}, "slim_scope must be one of global, local, got 'layer'"),
+        ({"slim_round_to": 0}, "slim_round_to must be a whole number from 1, got 0"),
+        ({"slim_min_heads": 0}, "slim_min_heads must be a whole number from 1, got 0"),
+    ],
+)
+def test_bad_values_are_refused(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**values)
+
+
+def test_arguments_without_the_fields_are_refused():
+    with pytest.raises(ValueError, match="TrainingArguments has no field 'ffn2_sparsity'"):
+        SlimConfig.from_arguments(TrainingArguments("out"))

@@ -1,0 +1,377 @@
+"""Slimming while a Trainer trains: schedule, logs, optimizers, precision, resuming, bad settings."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import build, make_batch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hf_slim import SlimConfig, SlimTrainerCallback, SlimTrainingArguments, find_structures
+from hf_slim.masking import find_zero_units
+
+HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}
+
+
+def make_data(model, rows=32, seed=3):
+    """Examples for any tiny model."""
+    batches = [make_batch(model, seed=seed + n) for n in range(rows // 2)]
+    return [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(2)]
+
+
+def make_trainer(model, folder, *, callbacks=(), config=None, trainer_class=Trainer, **settings):
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    if config is None:
+        args = SlimTrainingArguments(folder, **{**HALF, **settings})
+    else:
+        args = TrainingArguments(folder, **settings)
+    data = make_data(model) if model is not None else None
+    callbacks = [SlimTrainerCallback(config), *callbacks]
+    return trainer_class(model, args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+def slim_callback(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlimTrainerCallback))
+
+
+class ZeroWatch(TrainerCallback):
+    """Counts the dropped units that are not zero at the end of a step, and checks that masks only shrink."""
+
+    def __init__(self):
+        self.steps, self.moved, self.returned, self.masks = 0, 0, 0, {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        callback = next(iter(self.watched))
+        structures = [s for s in find_structures(model).structures if s.name in callback.masks]
+        whole = find_zero_units(model, structures, whole=True)
+        self.steps += 1
+        self.moved += sum(int((whole[s.name] & ~callback.masks[s.name]).sum()) for s in structures)
+        for name, mask in callback.masks.items():
+            self.returned += int((mask & ~self.masks.get(name, torch.ones_like(mask))).sum())
+        self.masks = {name: mask.clone() for name, mask in callback.masks.items()}
+
+
+def watch(trainer):
+    watcher = ZeroWatch()
+    watcher.watched = [slim_callback(trainer)]
+    trainer.add_callback(watcher)
+    return watcher
+
+
+def kept(trainer):
+    callback = slim_callback(trainer)
+    return {name: int(mask.sum()) for name, mask in callback.masks.items()}
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_every_family_trains_to_the_target(family, tmp_path):
+    trainer = make_trainer(build(family, spread=0.05), tmp_path, slim_scope="local")
+    watcher = watch(trainer)
+    trainer.train()
+    structures = find_structures(trainer.model).structures
+    assert kept(trainer) == {s.name: s.units // 2 for s in structures}
+    assert (watcher.steps, watcher.moved, watcher.returned) == (12, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": "adamw_torch", "weight_decay": 0.1},
+        {"optim": "adamw_torch_fused", "weight_decay": 0.1},
+        {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "weight_decay": 0.01},
+        {"optim": "adafactor", "weight_decay": 0.1},
+        {"optim": "adamw_torch", "gradient_accumulation_steps": 2},
+        {"optim": "adamw_torch", "max_grad_norm": 0.0},
+        {"optim": "adamw_torch", "bf16": True, "use_cpu": True},
+        {"optim": "adamw_torch", "gradient_checkpointing": True},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_dropped_units_never_move(name, settings, tmp_path):
+    trainer = make_trainer(build(name, spread=0.05), tmp_path, max_steps=40, **settings)
+    watcher = watch(trainer)
+    trainer.train()
+    assert (watcher.steps, watcher.moved, watcher.returned) == (40, 0, 0)
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "snip_momentum", "taylor"])
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("schedule", ["exp", "cubic", "cos", "linear", "oneshot"])
+def test_all_settings_reach_the_target(criterion, scope, schedule, tmp_path):
+    settings = {"slim_criterion": criterion, "slim_scope": scope, "slim_schedule": schedule, "slim_round_to": 1}
+    trainer = make_trainer(build("bert"), tmp_path, **settings)
+    trainer.train()
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def test_sparsities_are_logged_everywhere(tmp_path, capsys):
+    settings = {"slim_schedule": "linear", "slim_frequency": 2, "slim_round_to": 1, "slim_scope": "local"}
+    trainer = make_trainer(build("bert"), tmp_path, report_to="tensorboard", **settings)
+    assert any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks)
+    trainer.train()
+    expected = [0, 0.125, 0.125, 0.25, 0.25, 0.375, 0.375, 0.5, 0.5, 0.5, 0.5, 0.5]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["ffn2_sparsity"] for entry in history] == expected
+    assert [entry["mha_sparsity"] for entry in history] == [0, 0, 0, 0.25, 0.25, 0.25, 0.25, *[0.5] * 5]
+    assert capsys.readouterr().out.count("'ffn2_sparsity': '0.5'") == 5
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/ffn2_sparsity")] == expected
+
+
+def test_only_one_kind(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, mha_sparsity=0.0)
+    trainer.train()
+    assert [name.endswith("attention.output.dense") for name in slim_callback(trainer).masks] == [False, False]
+    assert trainer.state.log_history[-2]["mha_sparsity"] == 0.0
+
+
+def test_excluded_modules_stay(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, slim_exclude=["layer.0"], slim_scope="local")
+    trainer.train()
+    model = trainer.model
+    assert sorted(slim_callback(trainer).masks) == [
+        "bert.encoder.layer.1.attention.output.dense",
+        "bert.encoder.layer.1.output.dense",
+    ]
+    found = find_structures(model).structures
+    assert [int((~mask).sum()) for mask in find_zero_units(model, found).values()] == [0, 0, 2, 32]
+
+
+def test_a_slim_config_beside_plain_arguments(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, config=SlimConfig(**HALF))
+    trainer.train()
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def test_epochs_instead_of_steps(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, max_steps=-1, num_train_epochs=2, slim_end=0.5)
+    trainer.train()
+    history = [entry["ffn2_sparsity"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 16
+    assert [step for step, value in enumerate(history, 1) if value == 0.5][0] == 8
+
+
+def test_model_init_and_a_second_training_start_afresh(tmp_path):
+    args = SlimTrainingArguments(
+        tmp_path, max_steps=12, save_strategy="no", report_to="none", disable_tqdm=True, **HALF
+    )
+    data = make_data(build("bert"))
+    trainer = Trainer(
+        model_init=lambda: build("bert"), args=args, train_dataset=data, callbacks=[SlimTrainerCallback()]
+    )
+    trainer.train()
+    first, masks = trainer.model, kept(trainer)
+    trainer.train()
+    assert trainer.model is not first
+    assert kept(trainer) == masks
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def test_a_second_training_keeps_what_is_dropped(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path)
+    trainer.train()
+    before = {name: mask.clone() for name, mask in slim_callback(trainer).masks.items()}
+    trainer.args.ffn2_sparsity = 0.75
+    watcher = watch(trainer)
+    trainer.train()
+    after = slim_callback(trainer).masks
+    assert not any((after[name] & ~before[name]).any() for name in before)
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.75, "mha_sparsity": 0.5}
+    assert watcher.moved == 0
+
+
+def test_saved_checkpoints_hold_the_zeros(tmp_path):
+    trainer = make_trainer(
+        build("bert"), tmp_path, save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=4
+    )
+    trainer.train()
+    for step, dropped in ((4, "some"), (8, "half"), (12, "half")):
+        model = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{step}")
+        structures = find_structures(model).of_kind("ffn")
+        zero = sum(int((~m).sum()) for m in find_zero_units(model, structures, whole=True).values())
+        assert zero == 64 if dropped == "half" else 0 < zero < 64
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "snip_momentum", "magnitude"])
+@pytest.mark.parametrize("restore", [False, True])
+def test_resuming_gives_the_same_weights(criterion, restore, tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "slim_criterion": criterion,
+        "restore_callback_states_from_checkpoint": restore,
+        "use_cpu": True,
+    }
+    whole = make_trainer(build("bert"), tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(build("bert", seed=5), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    expected = weights(whole.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+    assert kept(resumed) == kept(whole)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5).train()
+    other = make_trainer(build("bert"), tmp_path, ffn2_sparsity=0.25)
+    with pytest.raises(ValueError, match="other slim settings: ffn2_sparsity=0.5 there, 0.25 here"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_resuming_without_state_starts_the_schedule(tmp_path, monkeypatch):
+    plain = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
+    plain.remove_callback(SlimTrainerCallback)
+    plain.train()
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert "SlimTrainerCallback" not in state["stateful_callbacks"]
+    messages = []
+    monkeypatch.setattr("hf_slim.callback.logger.warning", messages.append)
+    resumed = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert len(messages) == 1 and "step 5 holds no slimming state" in messages[0]
+    assert slim_callback(resumed).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def test_the_state_is_plain_json(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["SlimTrainerCallback"]["attributes"]["saved"]
+    assert saved["settings"]["ffn2_sparsity"] == 0.5
+    assert all(math.isfinite(value) for values in saved["scores"].values() for value in values)
+    names = {s.name for s in find_structures(trainer.model).structures}
+    assert set(saved["dropped"]) == set(saved["scores"]) == names
+
+
+def test_both_sparsities_zero_warn(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path, ffn2_sparsity=0.0, mha_sparsity=0.0)
+    with pytest.warns(UserWarning, match="ffn2_sparsity and mha_sparsity are both 0"):
+        trainer.train()
+
+
+def frozen_bert():
+    model = build("bert")
+    model.bert.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (build, {"slim_end": 13}, "slim_end=13 is beyond the last training step, 12"),
+        (build, {"slim_start": 9, "slim_end": 0.5}, "slim_start=9 is step 9 of 12, after slim_end=0.5"),
+        (build, {"slim_exclude": ["layer.9"]}, "the pattern 'layer.9' matches no module"),
+        (build, {"slim_exclude": ["intermediate"]}, "slim_exclude=.'intermediate'. leaves no ffn structure"),
+        (build, {"slim_round_to": 64, "slim_scope": "local"}, "ffn2_sparsity=0.5 is unreachable"),
+        (build, {"slim_min_heads": 3}, "mha_sparsity=0.5 is unreachable: .* so 0.25 is the most"),
+        (lambda name: frozen_bert(), {}, "output.dense.weight is frozen, so slim_criterion='taylor' cannot score"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(make, settings, message, tmp_path):
+    model = make("bert")
+    trainer = make_trainer(model, tmp_path, **settings)
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_to_slim_is_refused_before_training(tmp_path):
+    config = transformers.Qwen3Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    trainer = make_trainer(transformers.Qwen3ForCausalLM(config), tmp_path)
+    with pytest.raises(ValueError, match=r"no attention module that can be slimmed. Skipped:\n.*q_norm.weight"):
+        trainer.train()
+
+
+def test_arguments_without_fields_are_refused(tmp_path):
+    model = build("bert")
+    args = TrainingArguments(tmp_path, max_steps=2, report_to="none")
+    trainer = Trainer(model, args, train_dataset=make_data(model), callbacks=[SlimTrainerCallback()])
+    with pytest.raises(ValueError, match="TrainingArguments has no field 'ffn2_sparsity'"):
+        trainer.train()
+
+
+class BadGradient(TrainerCallback):
+    """Writes NaN into one gradient at one step."""
+
+    def __init__(self, model, step):
+        self.model, self.step = model, step
+        model.bert.encoder.layer[1].output.dense.weight.register_hook(self.spoil)
+        self.now = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1
+
+    def spoil(self, gradient):
+        return gradient * math.nan if self.now == self.step else gradient
+
+
+def test_nan_weights_are_named_by_magnitude(tmp_path):
+    model = build("bert")
+    trainer = make_trainer(model, tmp_path, slim_criterion="magnitude")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = math.nan
+    with pytest.raises(RuntimeError, match="not finite at step 2, in all 2 structures"):
+        trainer.train()
+
+
+def test_the_best_model_is_one_at_the_target(tmp_path):
+    """An evaluation that only gets worse: the best checkpoint is the first one at the final sparsity."""
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(
+        build("bert"), tmp_path, load_best_model_at_end=True, metric_for_best_model="worse", **settings
+    )
+    evaluations = iter(range(9, 0, -1))
+    trainer.compute_metrics = lambda evaluated: {"worse": next(evaluations)}
+    trainer.args.greater_is_better = True
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    zero = find_zero_units(trainer.model, find_structures(trainer.model).structures, whole=True)
+    assert sum(int((~mask).sum()) for mask in zero.values()) == 64 + 4
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 5
+
+
+def test_an_early_end_is_said(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("hf_slim.callback.logger.warning", messages.append)
+    make_trainer(build("bert"), tmp_path, callbacks=[StopAt()]).train()
+    assert len(messages) == 1
+    assert messages[0].startswith("Training ended at step 5, before the last pruning step, 8: the sparsities reached")
+
+
+def test_nan_gradients_are_named_and_spoil_nothing(tmp_path):
+    model = build("bert")
+    trainer = make_trainer(model, tmp_path, max_grad_norm=0.0)
+    trainer.add_callback(BadGradient(model, 4))
+    with pytest.raises(RuntimeError, match="not finite at step 4, in all 4 structures"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())

@@ -1,0 +1,141 @@
+"""Zeroing, finding zeros, removing them: every family, against arithmetic and against the masked model."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build, half_masks, logits, make_batch
+
+from hf_slim.compaction import compact_model, resize_structures, round_masks
+from hf_slim.discovery import find_structures
+from hf_slim.masking import find_zero_units, zero_units
+from hf_slim.report import count_parameters
+
+PER_UNIT = {
+    # Parameters of one channel, and of one head or group, summed over the structures of a kind (see EXPECTED_DROP).
+    "bert": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "roberta": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "electra": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "distilbert": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "gpt2": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "opt": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "llama": (3 * 32, (2 + 1 + 1 + 2) * 8 * 32),
+    "mistral": (3 * 32, (2 + 1 + 1 + 2) * 8 * 32),
+    "qwen2": (3 * 32, (2 + 1 + 1 + 2) * 4 * 32 + (2 + 1 + 1) * 4),
+    "bart": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+    "t5": (2 * 32, 4 * 8 * 32),
+    "t5-gated": (3 * 32, 4 * 8 * 32),
+    "vit": (2 * 32 + 1, 4 * 8 * 32 + 3 * 8),
+}
+
+
+def dropped_parameters(family: str) -> int:
+    """Half of the units of every structure, by arithmetic."""
+    channel, head = PER_UNIT[family]
+    if family == "bart":
+        return (2 * 32 + 2 * 24) * channel + 6 * 2 * head
+    if family.startswith("t5"):
+        tables = 2 * 2 * 32
+        return 4 * 32 * channel + 3 * 2 * 2 * head + tables
+    return 2 * 32 * channel + 2 * 2 * head
+
+
+def test_masked_and_slimmed_agree(family):
+    model = build(family)
+    structures = find_structures(model).structures
+    batch, dense = make_batch(model), logits(model, make_batch(model))
+    masks = half_masks(structures)
+    zero_units(model, structures, masks)
+    masked = logits(model, batch)
+    assert (masked - dense).abs().max() > 1e-3, "masking changed nothing, so the comparison would prove nothing"
+    slim = copy.deepcopy(model)
+    compact_model(slim, structures, masks)
+    assert (logits(slim, batch) - masked).abs().max() <= 1e-5 * max(1, masked.abs().max())
+    assert count_parameters(model) - count_parameters(slim) == dropped_parameters(family)
+    assert [s.units for s in find_structures(slim).structures] == [s.units // 2 for s in structures]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "qwen2", "bart", "t5", "t5-gated"])
+def test_generation_agrees_token_by_token(name, implementation):
+    model = build(name, attn_implementation=implementation)
+    structures = find_structures(model).structures
+    masks = half_masks(structures)
+    zero_units(model, structures, masks)
+    slim = copy.deepcopy(model)
+    compact_model(slim, structures, masks)
+    ids = make_batch(model)["input_ids"]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(slim.generate(ids, use_cache=True, **settings), expected)
+    assert torch.equal(slim.generate(ids, use_cache=False, **settings), expected)
+
+
+def test_sizes_of_the_layers_follow(family):
+    model = build(family)
+    structures = find_structures(model).structures
+    compact_model(model, structures, half_masks(structures))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+            assert module.bias is None or module.bias.shape == (module.out_features,)
+            assert module.weight.is_contiguous()
+        if isinstance(module, torch.nn.Embedding):
+            assert module.weight.shape == (module.num_embeddings, module.embedding_dim)
+
+
+def test_training_goes_on_after_compaction(family):
+    model = build(family).train()
+    structures = find_structures(model).structures
+    before = dict(model.named_parameters())
+    model(**make_batch(model)).loss.backward()
+    compact_model(model, structures, half_masks(structures))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    model.zero_grad()
+    model(**make_batch(model)).loss.backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_zeros_are_found_by_the_second_layer_alone():
+    model = build("bert")
+    mha, ffn = find_structures(model).structures[:2]
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.output.dense.weight[:, [3, 5]] = 0
+        layer.attention.output.dense.weight[:, 8:16] = 0
+        layer.attention.output.dense.weight[:, 16:23] = 0
+        layer.intermediate.dense.weight[7] = 0
+    masks = find_zero_units(model, [mha, ffn])
+    assert (~masks[ffn.name]).nonzero().flatten().tolist() == [3, 5]
+    assert (~masks[mha.name]).nonzero().flatten().tolist() == [1]
+    assert all(mask.all() for mask in find_zero_units(model, [mha, ffn], whole=True).values())
+    zero_units(model, [mha, ffn], masks)
+    whole = find_zero_units(model, [mha, ffn], whole=True)
+    assert all(torch.equal(whole[name], masks[name]) for name in masks)
+
+
+def test_rounding_keeps_zero_units():
+    structures = find_structures(build("bert")).structures[:2]
+    mha, ffn = structures
+    masks = {mha.name: torch.zeros(4, dtype=torch.bool), ffn.name: torch.zeros(64, dtype=torch.bool)}
+    masks[ffn.name][[1, 40, 41]] = True
+    rounded = round_masks(structures, masks, 16)
+    assert rounded[mha.name].tolist() == [True, False, False, False]
+    assert rounded[ffn.name].nonzero().flatten().tolist() == [0, *range(1, 14), 40, 41]
+    assert int(round_masks(structures, masks, 1)[ffn.name].sum()) == 3
+
+
+def test_an_empty_mask_is_refused():
+    model = build("bert")
+    structures = find_structures(model).structures
+    masks = half_masks(structures)
+    masks[structures[0].name][:] = False
+    with pytest.raises(ValueError, match="attention.output.dense: the mask keeps none of the 4 units"):
+        compact_model(model, structures, masks)
+
+
+def test_growing_is_refused():
+    model = build("bert")
+    structures = find_structures(model).structures
+    with pytest.raises(ValueError, match="has 4 units, so it cannot be given 5"):
+        resize_structures(model, structures, {s.name: s.units + 1 for s in structures})

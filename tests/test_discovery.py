@@ -1,0 +1,155 @@
+"""What is found in the families, what is skipped, what patterns exclude."""
+
+import pytest
+import torch
+from conftest import build
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hf_slim.discovery import exclude_structures, find_structures, require_structures
+
+EXPECTED = {
+    "bert": {"ffn": [64, 64], "mha": [4, 4]},
+    "roberta": {"ffn": [64, 64], "mha": [4, 4]},
+    "electra": {"ffn": [64, 64], "mha": [4, 4]},
+    "distilbert": {"ffn": [64, 64], "mha": [4, 4]},
+    "gpt2": {"ffn": [64, 64], "mha": [4, 4]},
+    "opt": {"ffn": [64, 64], "mha": [4, 4]},
+    "llama": {"ffn": [64, 64], "mha": [4, 4]},
+    "mistral": {"ffn": [64, 64], "mha": [4, 4]},
+    "qwen2": {"ffn": [64, 64], "mha": [4, 4]},
+    "bart": {"ffn": [64, 64, 48, 48], "mha": [4, 4, 4, 4, 4, 4]},
+    "t5": {"ffn": [64, 64, 64, 64], "mha": [4, 4, 4]},
+    "t5-gated": {"ffn": [64, 64, 64, 64], "mha": [4, 4, 4]},
+    "vit": {"ffn": [64, 64], "mha": [4, 4]},
+}
+
+
+def test_every_family_is_found_whole(family):
+    found = find_structures(build(family))
+    assert {kind: [s.units for s in found.of_kind(kind)] for kind in ("ffn", "mha")} == EXPECTED[family]
+    assert found.skipped == ()
+
+
+def test_bert_layer_in_full():
+    mha, ffn = find_structures(build("bert")).structures[:2]
+    prefix = "bert.encoder.layer.0"
+    head = [list(range(8)), list(range(8, 16)), list(range(16, 24)), list(range(24, 32))]
+    projections = [f"{prefix}.attention.self.{name}" for name in ("query", "key", "value")]
+    assert [(m.tensor, m.dim, m.role) for m in mha.members] == [
+        *(entry for name in projections for entry in ((f"{name}.weight", 0, "input"), (f"{name}.bias", 0, "extra"))),
+        (f"{prefix}.attention.output.dense.weight", 1, "output"),
+    ]
+    assert all(m.index.tolist() == head for m in mha.members)
+    assert {(c.attribute, c.per_unit) for c in mha.counts} == {("num_attention_heads", 1), ("all_head_size", 8)}
+    assert [(m.tensor, m.dim) for m in ffn.members] == [
+        (f"{prefix}.intermediate.dense.weight", 0),
+        (f"{prefix}.intermediate.dense.bias", 0),
+        (f"{prefix}.output.dense.weight", 1),
+    ]
+
+
+def test_fused_transposed_projection():
+    mha = find_structures(build("gpt2")).structures[0]
+    weights = [m for m in mha.members if m.tensor.endswith("c_attn.weight")]
+    assert [m.dim for m in weights] == [1, 1, 1]
+    assert [m.index[1].tolist() for m in weights] == [list(range(8, 16)), list(range(40, 48)), list(range(72, 80))]
+
+
+def test_group_owns_its_query_heads():
+    mha = find_structures(build("llama")).structures[0]
+    by_name = {m.tensor.split(".")[-2]: m.index[1].tolist() for m in mha.members}
+    assert by_name["q_proj"] == by_name["o_proj"] == list(range(16, 32))
+    assert by_name["k_proj"] == by_name["v_proj"] == list(range(8, 16))
+
+
+def test_shared_bias_joins_the_blocks():
+    found = find_structures(build("t5")).of_kind("mha")
+    assert [s.name for s in found] == [
+        "encoder.block.*.layer.0.SelfAttention.o",
+        "decoder.block.*.layer.0.SelfAttention.o",
+        "decoder.block.*.layer.1.EncDecAttention.o",
+    ]
+    assert [sum("relative_attention_bias" in m.tensor for m in s.members) for s in found] == [1, 1, 0]
+    assert [len(s.outputs) for s in found] == [2, 2, 2]
+
+
+def test_cross_attention_of_gpt2():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True))
+    names = [s.name for s in find_structures(model).of_kind("mha")]
+    assert names == ["transformer.h.0.attn.c_proj", "transformer.h.0.crossattention.c_proj"]
+
+
+def test_runs_on_the_meta_device():
+    with torch.device("meta"):
+        model = build("bert")
+    assert len(find_structures(model).structures) == 4
+
+
+def test_unexplained_parameters_are_skipped_with_the_reason():
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(
+        vocab_size=9, head_dim=8, intermediate_size=64, pad_token_id=None, eos_token_id=None, **fields
+    )
+    found = find_structures(Qwen3ForCausalLM(config))
+    assert [(s.name, s.kind) for s in found.skipped] == [("model.layers.0.self_attn", "mha")]
+    assert "q_norm.weight of shape (8,) may depend on the 2 heads" in found.skipped[0].reason
+    assert "q_norm.weight" in str(found)
+    with pytest.raises(ValueError, match=r"no attention module that can be slimmed.*\n.*self_attn: q_norm.weight"):
+        require_structures(Qwen3ForCausalLM(config), found, "mha")
+
+
+def test_norm_between_the_layers_is_skipped():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.norm, self.fc2 = nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(24, 8)
+
+    (skipped,) = find_structures(nn.Sequential(Normed())).skipped
+    assert skipped.name == "0"
+    assert skipped.reason.startswith("norm.weight of shape (24,) may depend on the 24 intermediate channels")
+
+
+def test_width_equal_to_the_channels_is_no_obstacle():
+    assert len(find_structures(build("bert", intermediate_size=32)).of_kind("ffn")) == 2
+    assert len(find_structures(build("opt", ffn_dim=32)).of_kind("ffn")) == 2
+
+
+def test_nothing_to_slim_lists_what_was_looked_at():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(ValueError, match="Sequential has no structure.*classes Linear, ReLU, Sequential"):
+        require_structures(model, find_structures(model))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("bert.encoder.layer.0", ["1.attention", "1"]),
+        ("encoder.layer.0", ["1.attention", "1"]),
+        (".*attention.*", ["0", "1"]),
+        ("*attention*", ["0", "1"]),
+        (r"layer\.1\.output", ["0.attention", "0", "1.attention"]),
+        ("query", ["0", "1"]),
+    ],
+)
+def test_patterns(pattern, left):
+    structures = find_structures(build("bert")).structures
+    names = [s.name for s in exclude_structures(structures, [pattern])]
+    assert names == [f"bert.encoder.layer.{part}.output.dense" for part in left]
+
+
+def test_pattern_for_layer_1_leaves_layer_10():
+    structures = find_structures(build("bert", num_hidden_layers=11)).structures
+    assert len(exclude_structures(structures, ["layer.1"])) == 20
+
+
+def test_pattern_without_a_match_is_refused():
+    with pytest.raises(ValueError, match="the pattern 'layer.7' matches no module.*bert.encoder.layer.0"):
+        exclude_structures(find_structures(build("bert")).structures, ["layer.7"])
+
+
+def test_a_group_left_alone_is_still_found():
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1
+    )
+    assert [s.units for s in find_structures(LlamaForCausalLM(config)).of_kind("mha")] == [1]

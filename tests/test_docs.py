@@ -1,0 +1,152 @@
+"""The documentation does what it says: its blocks run, its notebooks execute, its pages build, its tables agree."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from run_page import EXEMPT, find_blocks, find_commands
+from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel
+
+import hf_slim
+from hf_slim import SlimConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+NOUNS = ("cat", "dog", "child", "river", "song", "train")
+VERBS = ("sees", "likes", "finds", "follows")
+WORDS = ("a", "the", *NOUNS, *VERBS, "not", "one", "two")
+SIZES = {"vocab_size": 5 + len(WORDS), "max_position_embeddings": 128}
+BERT = {**SIZES, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 192}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment without the Hub, whose shell finds the commands of this Python."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    home = str(tmp_path / "home")
+    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that holds small models and data under the names that the pages use."""
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(_vocabulary())})
+    bert = BertModel(BertConfig(**BERT))
+    distilbert = DistilBertModel(DistilBertConfig(**SIZES, dim=48, n_layers=2, n_heads=4, hidden_dim=192))
+    for name, model in (
+        ("BAAI/bge-small-en-v1.5", bert),
+        ("BAAI/bge-base-en-v1.5", bert),
+        ("google-bert/bert-base-uncased", bert),
+        ("distilbert/distilbert-base-uncased", distilbert),
+    ):
+        model.save_pretrained(tmp_path / "work" / name)
+        tokenizer.save_pretrained(tmp_path / "work" / name)
+    sentences = [f"the {noun} {verb} a {other}" for noun in NOUNS for verb in VERBS for other in NOUNS[:2]]
+    for path in ("reviews.csv", "train.csv", "validation.csv"):
+        rows = [(text, number % 2) for number, text in enumerate(sentences[:32])]
+        _write_csv(tmp_path / "work" / path, ("text", "label"), rows)
+    for split in ("train", "validation", "test"):
+        pairs = [
+            (text, sentences[(7 * number) % 48], number % 11 / 2 + 0.2) for number, text in enumerate(sentences[:32])
+        ]
+        path = tmp_path / "work" / "mteb" / "stsbenchmark-sts" / f"{split}.csv"
+        _write_csv(path, ("sentence1", "sentence2", "score"), pairs)
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run(page: Path, folder: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, ROOT / "tests" / "run_page.py", page]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+
+
+def test_nothing_but_setup_is_exempt_from_running() -> None:
+    bash = [block.text for page in PAGES for block in find_blocks(page) if block.language == "bash"]
+    exempt = {command for text in bash for command in text.strip().split(" && ")} & set(EXEMPT)
+    assert exempt == set(EXEMPT)
+
+
+def test_the_readme_begins_with_setup_and_demo_then_setup_and_tests() -> None:
+    bash = [block.text for block in find_blocks(ROOT / "README.md") if block.language == "bash"]
+    assert bash[:2] == ["pip install . && hf-slim demo\n", 'pip install -e ".[test]" && pytest\n']
+    assert find_commands(bash[0]) == ["hf-slim demo"]
+    assert find_commands(bash[1]) == []
+
+
+def test_the_first_example_of_the_readme_is_short() -> None:
+    first = next(block for block in find_blocks(ROOT / "README.md") if block.language == "python")
+    assert len(first.text.splitlines()) <= 15
+
+
+def test_the_readme_lists_the_settings() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("<!-- settings -->")[1].split("<!-- end of settings -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", section, re.MULTILINE)
+    assert [(name, default) for name, default, _ in rows] == [(f.name, str(f.default)) for f in fields(SlimConfig)]
+    hints = get_type_hints(SlimConfig)
+    for name, _, meaning in rows:
+        for choice in get_args(hints[name]):
+            assert not isinstance(choice, str) or f"`{choice}`" in meaning
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs(path: Path, tmp_path: Path, environment: dict[str, str], monkeypatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_shows_what_one_run_printed(path: Path) -> None:
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run(
+        [*command, "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    reference = (tmp_path / "html" / "reference.html").read_text(encoding="utf-8")
+    for name in _public_names():
+        assert f'id="{name}"' in reference
+        assert f'href="#{name}"' in reference.partition('id="settings"')[0]
+
+
+def test_the_changelog_has_the_version_of_setup() -> None:
+    setup = re.search(r'version="(.+?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    changelog = re.search(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert setup and changelog and setup[1] == changelog[1]
+
+
+def _public_names() -> Iterator[str]:
+    for name in hf_slim.__all__:
+        yield f"{getattr(hf_slim, name).__module__}.{name}"
+
+
+def _vocabulary() -> list[str]:
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

@@ -1,0 +1,290 @@
+"""The shape record: what is written, what is built from it, what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import STACK, build, half_masks, logits, make_batch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+
+from hf_slim import find_structures, model_slim, save_slimmed
+from hf_slim.loading import install_hook
+from hf_slim.masking import zero_units
+
+STOCK_IF_UNIFORM = {"llama", "mistral", "t5", "t5-gated"}
+
+
+def slim_folder(family, folder, *, uniform=False, **changes):
+    """A slim model and the folder it was saved to."""
+    model = build(family, **changes)
+    structures = find_structures(model).structures
+    order = {s.name: number for number, s in enumerate(structures)}
+    ragged = half_masks(
+        structures, keep=lambda s: s.units // 2 - (order[s.name] % 2 if s.kind == "mha" else 4 * (order[s.name] % 3))
+    )
+    zero_units(model, structures, half_masks(structures) if uniform else ragged)
+    model_slim(model, round_multiplier=4)
+    save_slimmed(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_reload_gives_the_same_model(family, uniform, tmp_path):
+    model = slim_folder(family, tmp_path, uniform=uniform)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert ("slim" in config) == (not uniform or family not in STOCK_IF_UNIFORM)
+    loaded = type(model).from_pretrained(tmp_path)
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(loaded, make_batch(model)), logits(model, make_batch(model)))
+    base = AutoModel.from_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in base.state_dict().items():
+        saved = tensors.get(name, tensors.get(f"{model.base_model_prefix}.{name}"))
+        assert saved is None or torch.equal(saved, tensor), name
+
+
+def test_the_record(tmp_path):
+    slim_folder("bert", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["slim"] == {
+        "version": 1,
+        "units": {
+            "encoder.layer.0.attention.output.dense": 2,
+            "encoder.layer.0.output.dense": 28,
+            "encoder.layer.1.attention.output.dense": 2,
+            "encoder.layer.1.output.dense": 32,
+        },
+    }
+
+
+def test_uniform_result_needs_no_key(tmp_path):
+    slim_folder("llama", tmp_path, uniform=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    assert [config[name] for name in fields] == [4, 2, 8, 32]
+    assert "slim" not in config and "auto_map" not in config
+    assert not (tmp_path / "modeling_hf_slim.py").exists()
+
+
+def test_channels_alone_are_stock(tmp_path):
+    model = build("bert")
+    structures = find_structures(model).of_kind("ffn")
+    zero_units(model, structures, half_masks(structures))
+    save_slimmed(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["intermediate_size"] == 32 and "slim" not in config
+
+
+def test_from_config_and_dtype_and_device_map(tmp_path):
+    model = slim_folder("bert", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    built = AutoModelForSequenceClassification.from_config(config)
+    assert {name: tensor.shape for name, tensor in built.state_dict().items()} == shapes
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
+    mapped = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(logits(mapped, make_batch(model)), logits(model, make_batch(model)))
+
+
+def test_saving_again_and_slimming_again(tmp_path):
+    slim_folder("bert", tmp_path / "first")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert "auto_map" not in config
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
+    assert torch.equal(logits(again, make_batch(again)), logits(model, make_batch(model)))
+    structures = find_structures(again).structures
+    zero_units(again, structures, half_masks(structures))
+    save_slimmed(model_slim(again, 2), tmp_path / "third")
+    third = AutoModelForSequenceClassification.from_pretrained(tmp_path / "third")
+    assert [s.units for s in find_structures(third).structures] == [1, 14, 1, 16]
+
+
+def test_pipeline(tmp_path):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "slim", "models", "are", "fast"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    model = build("bert")
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    save_slimmed(model, tmp_path / "slim", processing_class=tokenizer)
+    classify = pipeline("text-classification", model=str(tmp_path / "slim"), device="cpu")
+    (result,) = classify("slim models are fast")
+    expected = logits(model, dict(tokenizer("slim models are fast", return_tensors="pt"))).softmax(-1).max()
+    assert result["score"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_nested_encoder_alone(tmp_path):
+    model = slim_folder("t5", tmp_path)
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path)
+    prefix = "encoder."
+    expected = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+WITHOUT_HF_SLIM = """
+import sys
+sys.modules["hf_slim"] = None  # any import of it fails
+import torch, transformers
+folder, auto_class, expected = sys.argv[1:]
+try:
+    getattr(transformers, auto_class).from_pretrained(folder)
+except RuntimeError as error:
+    assert "mismatched_sizes" in str(error), error
+else:
+    raise AssertionError("loaded without the shapes")
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+case = torch.load(expected)
+with torch.no_grad():
+    assert torch.equal(model(**case["batch"]).logits, case["logits"])
+transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(folder + "-again")
+again = getattr(transformers, auto_class).from_pretrained(folder + "-again", trust_remote_code=True).eval()
+with torch.no_grad():
+    assert torch.equal(again(**case["batch"]).logits, case["logits"])
+built = getattr(transformers, auto_class).from_config(model.config, trust_remote_code=True)
+assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class"),
+    [
+        ("bert", "AutoModelForSequenceClassification"),
+        ("gpt2", "AutoModelForCausalLM"),
+        ("opt", "AutoModelForCausalLM"),
+        ("llama", "AutoModelForCausalLM"),
+        ("bart", "AutoModelForSeq2SeqLM"),
+        ("t5", "AutoModelForSeq2SeqLM"),
+        ("vit", "AutoModelForImageClassification"),
+    ],
+)
+def test_remote_code_without_hf_slim(name, auto_class, tmp_path):
+    model = slim_folder(name, tmp_path / "slim")
+    batch = make_batch(model)
+    torch.save({"batch": batch, "logits": logits(model, batch)}, tmp_path / "expected.pt")
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_HF_SLIM,
+        str(tmp_path / "slim"),
+        auto_class,
+        str(tmp_path / "expected.pt"),
+    ]
+    # As many threads as here: a convolution's last bits depend on them.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_remote_code_beside_hf_slim(tmp_path):
+    model = slim_folder("bert", tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(logits(loaded, make_batch(model)), logits(model, make_batch(model)))
+
+
+def edit(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["slim"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+NAME = "encoder.layer.0.output.dense"
+
+
+def set_units(record, name, value):
+    record["units"][name] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda r: r.update(version=2), ValueError, "is of version 2, but this hf_slim reads up to 1"),
+        (lambda r: r.update(version=0), ValueError, "is not a shape record of hf_slim"),
+        (lambda r: r.update(version=True), ValueError, "is not a shape record of hf_slim"),
+        (lambda r: r.pop("version"), ValueError, "is not a shape record of hf_slim"),
+        (lambda r: r.pop("units"), ValueError, "has no table of units"),
+        (lambda r: set_units(r, NAME, 0), ValueError, "output.dense 0 units"),
+        (lambda r: set_units(r, NAME, "28"), ValueError, "output.dense '28' units"),
+        (lambda r: set_units(r, NAME, 65), ValueError, "has 64 units, so it cannot be given 65"),
+        (
+            lambda r: set_units(r, "encoder.layer.7.output.dense", 8),
+            ValueError,
+            "does not have: encoder.layer.7.output",
+        ),
+        (lambda r: set_units(r, "elsewhere.fc2", 8), ValueError, "does not have: elsewhere.fc2"),
+        (lambda r: set_units(r, NAME, 24), RuntimeError, "mismatched_sizes"),
+        (lambda r: r["units"].pop(NAME), RuntimeError, "mismatched_sizes"),
+    ],
+)
+def test_a_bad_record_is_refused(change, error, message, tmp_path):
+    slim_folder("bert", tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(error, match=message):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_bad_record_is_refused_by_the_base_model(tmp_path):
+    slim_folder("bert", tmp_path)
+    edit(tmp_path, lambda r: set_units(r, "encoder.layer.7.output.dense", 8))
+    with pytest.raises(ValueError, match="BertModel does not have: encoder.layer.7.output.dense"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_name_that_no_class_has_is_refused_by_every_class(tmp_path):
+    slim_folder("bert", tmp_path)
+    edit(tmp_path, lambda r: set_units(r, "elsewhere.fc2", 8))
+    for auto_class in (AutoModel, transformers.AutoModelForTokenClassification):
+        with pytest.raises(ValueError, match="BertForSequenceClassification does not have: elsewhere.fc2"):
+            auto_class.from_pretrained(tmp_path)
+
+
+def test_channels_as_many_as_the_hidden_size(tmp_path):
+    """DeBERTa's attention has no layout yet; its networks end with the width that its other layers have."""
+    fields = {"pos_att_type": ["c2p", "p2c"], "relative_attention": True}
+    config = transformers.DebertaV2Config(vocab_size=99, **STACK, **fields)
+    model = transformers.DebertaV2ForSequenceClassification(config).eval()
+    structures = find_structures(model).structures
+    masks = {s.name: torch.arange(s.units) < size for s, size in zip(structures, (32, 48), strict=True)}
+    zero_units(model, structures, masks)
+    save_slimmed(model_slim(model, 16), tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [s.units for s in find_structures(loaded).structures] == [32, 48]
+
+
+def test_two_models_with_one_config_are_refused():
+    class Pair(transformers.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert, self.other = transformers.BertModel(config), transformers.BertModel(config)
+            self.post_init()
+
+    model = Pair(build("bert").config)
+    structures = find_structures(model).structures
+    order = {s.name: number for number, s in enumerate(structures)}
+    zero_units(model, structures, half_masks(structures, keep=lambda s: 2 if order[s.name] < 4 else 3))
+    with pytest.raises(ValueError, match="The shape of Pair cannot be recorded"):
+        model_slim(model, 1)
+
+
+def test_a_model_built_without_its_pooler(tmp_path):
+    model = transformers.BertModel(build("bert").config, add_pooling_layer=False)
+    structures = find_structures(model).of_kind("ffn")
+    zero_units(model, structures, half_masks(structures))
+    save_slimmed(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["intermediate_size"] == 32 and "slim" not in config
+
+
+def test_the_hook_is_installed_once():
+    installed = transformers.PreTrainedModel.post_init
+    install_hook()
+    assert transformers.PreTrainedModel.post_init is installed

@@ -1,0 +1,420 @@
+"""save_slimmed: the folder, the checks, the card, faults, and the upload to a loopback Hub."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+import transformers
+from conftest import STACK, TEXT, build, half_masks, logits, make_batch
+from huggingface_hub import ModelCard
+from test_callback import make_trainer
+from transformers import AutoModelForSequenceClassification, Trainer
+
+import hf_slim.layouts
+from hf_slim import find_structures, model_slim, save_slimmed
+from hf_slim.layouts import FfnLayout
+from hf_slim.masking import zero_units
+from hf_slim.report import StructureSize
+from hf_slim.verification import VerificationError
+
+
+def masked(family="bert", **changes):
+    """A tiny model with half of its units zero."""
+    model = build(family, **changes)
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    return model
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before, model):
+    after = model.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_report_and_files(tmp_path):
+    model = masked()
+    before, config = state(model), model.config.to_dict()
+    report = save_slimmed(model, tmp_path / "slim")
+    assert (report.parameters_before, report.parameters_after) == (37890, 37890 - 2 * (32 * 65 + 2 * 1048))
+    assert report.bytes_before - report.bytes_after == 4 * (report.parameters_before - report.parameters_after)
+    assert report.structures[:2] == (
+        StructureSize("bert.encoder.layer.0.attention.output.dense", "mha", 4, 2),
+        StructureSize("bert.encoder.layer.0.output.dense", "ffn", 64, 32),
+    )
+    assert {path.name for path in (tmp_path / "slim").iterdir()} == {
+        *("config.json", "model.safetensors", "modeling_hf_slim.py", "README.md")
+    }
+    assert same(before, model) and model.config.to_dict() == config
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
+
+
+def test_inplace_slims_the_caller_too(tmp_path):
+    model = masked()
+    report = save_slimmed(model, tmp_path / "slim", inplace=True)
+    assert sum(p.numel() for p in model.parameters()) == report.parameters_after
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
+    assert same(state(loaded), model)
+
+
+def test_training_mode_and_gradients_are_left(tmp_path):
+    model = masked().train()
+    model(**make_batch(model)).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    save_slimmed(model, tmp_path / "slim")
+    assert model.training and all(p.grad is gradients[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True, "use_cpu": True}])
+def test_trainer(settings, tmp_path):
+    """The slim model is one of its own: training the old one further does not touch it."""
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
+    trainer = make_trainer(build("bert"), tmp_path / "out", eval_strategy="epoch", num_train_epochs=1, **settings)
+    trainer.processing_class = transformers.BertTokenizer(str(vocabulary))
+    trainer.train()
+    report = save_slimmed(trainer, tmp_path / "slim")
+    assert report.parameters_after == 37890 - 2 * (32 * 65 + 2 * 1048)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").eval()
+    batch = make_batch(loaded)
+    wanted = logits(trainer.model.eval(), batch)
+    torch.testing.assert_close(logits(loaded, batch), wanted, atol=0.05 if settings else 1e-5, rtol=0)
+    assert (tmp_path / "slim" / "tokenizer.json").exists()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_slim_round_to_of_the_trainer_holds(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path / "out", slim_round_to=4, ffn2_sparsity=0.8, slim_scope="local")
+    trainer.train()
+    report = save_slimmed(trainer, tmp_path / "slim")
+    assert [s.after for s in report.structures if s.kind == "ffn"] == [16, 16]
+
+
+def test_fine_tuning_a_slim_model_again(tmp_path):
+    save_slimmed(masked(), tmp_path / "first")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
+    trainer = make_trainer(model, tmp_path / "out", slim_round_to=4)
+    trainer.train()
+    report = save_slimmed(trainer, tmp_path / "second")
+    assert sum(s.before for s in report.structures if s.kind == "ffn") == 64
+    assert sum(s.after for s in report.structures if s.kind == "ffn") == 32
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(logits(again, make_batch(again)), logits(model.eval(), make_batch(model)))
+
+
+def test_slimming_a_model_from_remote_code_again(tmp_path):
+    save_slimmed(masked(), tmp_path / "first")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first", trust_remote_code=True).eval()
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    report = save_slimmed(model, tmp_path / "second")
+    assert [s.after for s in report.structures] == [1, 32, 1, 32]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    torch.testing.assert_close(logits(again, make_batch(again)), logits(model, make_batch(model)))
+
+
+def test_a_model_without_zeros_is_saved_as_it_is(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("hf_slim.saving.logger.warning", messages.append)
+    model = build("bert")
+    report = save_slimmed(model, tmp_path)
+    assert report.parameters_before == report.parameters_after
+    assert "no unit of the model is zero" in messages[0]
+    assert "slim" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_model_card(tmp_path):
+    trainer = make_trainer(build("bert"), tmp_path / "out", eval_strategy="steps", eval_steps=12)
+    trainer.train()
+    save_slimmed(trainer, tmp_path / "my-slim-bert")
+    card = ModelCard.load(tmp_path / "my-slim-bert" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == ["hf_slim", "pruning"]
+    assert "| parameters | 37,890 | 29,538 | -22% |" in card.text
+    assert "import hf_slim" in card.text and "trust_remote_code=True" in card.text
+    assert 'AutoModelForSequenceClassification.from_pretrained("my-slim-bert")' in card.text
+    assert "| `bert.encoder.layer.0.attention.output.dense` | mha | 4 |" in card.text
+    assert "| eval_loss |" in card.text and "runtime" not in card.text
+
+
+def test_model_card_of_a_stock_model(tmp_path):
+    save_slimmed(masked("llama"), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "this is a stock model" in text
+    assert "import hf_slim" not in text and "trust_remote_code" not in text
+
+
+def test_a_batch_of_the_user_verifies(tmp_path):
+    model = masked()
+    save_slimmed(model, tmp_path / "a", verify=make_batch(model))
+    save_slimmed(model, tmp_path / "b", verify=False)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_a_wrong_layout_is_refused_and_nothing_written(tmp_path, monkeypatch):
+    """A row that takes the softmax over channels for an elementwise activation."""
+
+    class Softmaxed(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.inner = torch.nn.Linear(config.hidden_size, config.intermediate_size)
+            self.outer = torch.nn.Linear(config.intermediate_size, config.hidden_size)
+
+        def forward(self, states):
+            return self.outer(self.inner(states).softmax(-1))
+
+    monkeypatch.setattr(
+        "hf_slim.discovery.FFN_LAYOUTS", (*hf_slim.layouts.FFN_LAYOUTS, FfnLayout(("inner",), "outer"))
+    )
+
+    class Odd(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[0].mlp = Softmaxed(config)
+
+    model = Odd(build("llama").config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    with pytest.raises(VerificationError, match="logits differs from the masked model's by .* Nothing was saved"):
+        save_slimmed(model, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_model_is_refused(tmp_path):
+    model = masked()
+    with torch.no_grad():
+        model.classifier.weight[0] = float("nan")
+    with pytest.raises(VerificationError, match="logits holds NaN or infinity"):
+        save_slimmed(model, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "slim").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="slim' is a file; name a folder"):
+        save_slimmed(masked(), tmp_path / "slim")
+    assert (tmp_path / "slim").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    with pytest.raises(PermissionError, match="output_dir='/proc/slim' cannot be written: "):
+        save_slimmed(masked(), "/proc/slim")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"private": True}, ValueError, "private can only be used with push_to_hub=True"),
+        ({"push_to_hub": True, "colour": 1}, TypeError, "unexpected keyword argument 'colour'; for the Hub it takes"),
+    ],
+)
+def test_wrong_keywords_are_refused(arguments, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        save_slimmed(masked(), tmp_path / "slim", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_objects_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="takes a Trainer or a PreTrainedModel, got Linear"):
+        save_slimmed(torch.nn.Linear(2, 2), tmp_path / "slim")
+
+
+def test_an_old_folder_is_replaced_and_other_files_stay(tmp_path):
+    build("bert", hidden_size=64).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    save_slimmed(masked(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("README.md", "checkpoint-3", "config.json", "model.safetensors", "modeling_hf_slim.py", "notes.txt")
+    ]
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_text() == "mine"
+
+
+def test_a_failure_while_writing_leaves_the_old_folder(tmp_path):
+    class BadTokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    save_slimmed(masked(), tmp_path / "slim")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "slim").iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        save_slimmed(build("bert", seed=9), tmp_path / "slim", processing_class=BadTokenizer())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "slim").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files needs."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls.append((self.path, body))
+        if self.path == "/api/repos/create":
+            repo = json.loads(body)["name"]
+            answer = {"url": f"{self.server.address}/me/{repo}", "name": f"me/{repo}"}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif "/commit/" in self.path:
+            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.address}/me/x/commit/0"}
+        else:
+            answer = {}
+        self.answer(answer)
+
+    def do_GET(self):
+        self.server.calls.append((self.path, b""))
+        self.answer({"name": "me", "type": "user", "sha": "0" * 40, "id": "me/x", "siblings": []})
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+PUSH = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_saving import masked
+from hf_slim import save_slimmed
+save_slimmed(masked(), sys.argv[1], push_to_hub=True, repo_id="me/slim-bert", token="secret", private=True)
+"""
+
+
+def test_push_to_hub_uploads_the_folder(tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.address, server.calls = f"http://127.0.0.1:{server.server_port}", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PUSH, str(tmp_path / "slim"), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    create = next(json.loads(body) for path, body in server.calls if path == "/api/repos/create")
+    assert create["name"] == "slim-bert"
+    assert create.get("visibility") == "private" or create.get("private") is True
+    commit = next(body for path, body in server.calls if "/commit/" in path)
+    lines = [json.loads(line) for line in commit.splitlines()]
+    assert lines[0]["value"]["summary"] == "Upload slim model"
+    uploaded = {line["value"]["path"] for line in lines[1:]}
+    assert uploaded == {path.name for path in (tmp_path / "slim").iterdir()}
+
+
+def test_a_failed_upload_keeps_the_local_folder(tmp_path):
+    """Nothing listens at port 9."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PUSH, str(tmp_path / "slim"), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode != 0 and "Connection refused" in done.stderr
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
+
+
+def test_a_compiled_model(tmp_path):
+    assert save_slimmed(torch.compile(masked()), tmp_path / "slim").parameters_after == 29538
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("disk")
+    save_slimmed(masked(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {"notes.txt", "model.safetensors", "config.json"} <= {path.name for path in (tmp_path / "disk").iterdir()}
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_slimmed(masked(), ".")
+    assert os.getcwd() == str(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(".")
+
+
+def test_an_interruption_while_moving_loses_nothing_and_leaves_no_mixture(tmp_path, monkeypatch):
+    build("bert").save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    replace, moved = os.replace, []
+
+    def interrupted(source, target):
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("hf_slim.saving.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_slimmed(masked(), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "checkpoint-3").is_dir()
+    assert not (tmp_path / "config.json").exists()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    save_slimmed(masked(), tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_the_remote_code_of_an_old_model_goes(tmp_path):
+    save_slimmed(masked(), tmp_path)
+    assert (tmp_path / "modeling_hf_slim.py").exists()
+    save_slimmed(masked("llama"), tmp_path)
+    assert not (tmp_path / "modeling_hf_slim.py").exists()
+
+
+def test_a_slimmed_model_that_cannot_run_is_refused(tmp_path):
+    """MPNet reshapes to a stored width that its layout does not know."""
+    config = transformers.MPNetConfig(**{**TEXT, **STACK})
+    model = transformers.MPNetForSequenceClassification(config).eval()
+    structures = find_structures(model).of_kind("mha")
+    if not structures:
+        pytest.skip("no layout matches this attention any more")
+    zero_units(model, structures, half_masks(structures))
+    with pytest.raises(VerificationError, match="The masked model runs, but the slimmed one does not"):
+        save_slimmed(model, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_draws_random_numbers(tmp_path):
+    """ViTMAE masks random patches even in evaluation."""
+    fields = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 64}
+    config = transformers.ViTMAEConfig(**STACK, **fields, decoder_num_hidden_layers=1, image_size=16, patch_size=4)
+    model = transformers.ViTMAEForPreTraining(config).eval()
+    structures = find_structures(model).of_kind("ffn")
+    zero_units(model, structures, half_masks(structures))
+    assert {s.after for s in save_slimmed(model, tmp_path / "slim").structures if s.kind == "ffn"} == {32}
+
+
+def test_custom_classes_get_no_remote_code(tmp_path):
+    class Mine(transformers.BertForSequenceClassification):
+        pass
+
+    model = Mine(build("bert").config).eval()
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    save_slimmed(model, tmp_path)
+    assert not (tmp_path / "modeling_hf_slim.py").exists()
+    assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+    batch = {"input_ids": make_batch(model)["input_ids"]}
+    assert torch.equal(logits(Mine.from_pretrained(tmp_path), batch), logits(model_slim(model), batch))
+
+
+def test_saving_with_a_plain_trainer(tmp_path):
+    trainer = Trainer(masked(), transformers.TrainingArguments(tmp_path / "out", report_to="none"))
+    assert [s.after for s in save_slimmed(trainer, tmp_path / "slim").structures] == [2, 32, 2, 32]

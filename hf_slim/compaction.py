@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .attributes import set_count
+from .layers import sizes_of
 from .selection import round_up
 from .structures import Masks, Structure, get_tensor
+from .widths import infer_widths
 
 
 def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Masks) -> None:
@@ -41,7 +43,13 @@ def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Mask
     for structure in structures:
         kept = int(masks[structure.name].sum())
         for count in structure.counts:
-            setattr(model.get_submodule(count.module), count.attribute, count.per_unit * kept)
+            set_count(model, count, kept)
+        for name in structure.reshaping if kept < structure.units else ():
+            infer_widths(model.get_submodule(name))
+        for member in structure.members:
+            if member.role == "norm":
+                with torch.no_grad():
+                    get_tensor(model, member.tensor).mul_((structure.units / kept) ** 0.5)
 
 
 def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
@@ -95,9 +103,5 @@ def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor
     tensor.grad = None
     tensor.data = tensor.data.index_select(dim, keep.nonzero().flatten().to(tensor.device))
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape
+    for attribute, value in sizes_of(module).items():
+        setattr(module, attribute, value)

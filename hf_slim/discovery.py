@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from .attention import matches_mha, owner_of, read_mha
+from .attributes import get_field
+from .feed_forward import matches_ffn, read_ffn
+from .layers import find_child, find_layer, find_tensor, join
 from .layouts import (
-    CHANNEL_COUNTS,
+    CONFIG_HEADS,
     FFN_LAYOUTS,
-    HEAD_SIZES,
-    HEAD_WIDTHS,
-    KEY_VALUE_HEAD_COUNTS,
+    HEAD_TENSORS,
     MHA_LAYOUTS,
     QUERY_HEAD_COUNTS,
-    FfnLayout,
+    SHARED_TABLES,
     MhaLayout,
-    Part,
 )
-from .structures import Count, Discovery, Kind, Member, Role, Skipped, Structure, blocks
+from .source import find_reads
+from .structures import Count, Discovery, Kind, Member, Skipped, Structure, UnaccountedError, blocks
 
-
-class UnaccountedError(ValueError):
-    """A module matches a layout, but something in it is not explained by the layout."""
+_CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Experts")
 
 
 def find_structures(model: nn.Module) -> Discovery:
     """Find every feed-forward network and every attention module that can be slimmed exactly.
 
-    Reads names, shapes and attributes only: no forward pass, no data, any device including meta.
+    Reads names, shapes, attributes and the modules' source code only: no forward pass, no data, any device including
+    meta.
 
     Args:
         model: A transformers model (or any module that contains the same layouts).
@@ -46,9 +46,9 @@ def find_structures(model: nn.Module) -> Discovery:
     joint: dict[str, list[Structure]] = {}
     for path, module in model.named_modules():
         for mha in MHA_LAYOUTS:
-            if _matches(module, (mha.query.layer, mha.key.layer, mha.value.layer, mha.output)):
+            if matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:
-                    found = _read_mha(path, module, mha)
+                    found = read_mha(path, module, mha)
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "mha", str(reason)))
                     break
@@ -58,23 +58,19 @@ def find_structures(model: nn.Module) -> Discovery:
                     structures.append(found)
                 break
         for ffn in FFN_LAYOUTS:
-            if _matches(module, (*ffn.first, ffn.second)):
+            if matches_ffn(module, ffn):
                 try:
-                    structures.append(_read_ffn(path, module, ffn))
+                    structures.append(read_ffn(path, module, ffn))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "ffn", str(reason)))
                 break
-    for name, parts in joint.items():
-        if len({part.units for part in parts}) > 1:
-            skipped.append(
-                Skipped(name, "mha", "blocks that share one attention bias differ in their numbers of heads")
-            )
-            continue
-        members = tuple(member for part in parts for member in part.members)
-        counts = tuple(count for part in parts for count in part.counts)
-        structures.append(Structure(name, "mha", parts[0].units, members, counts))
+    structures += _join_blocks(joint, skipped)
+    structures = _join_by_tables(model, structures, skipped)
+    structures = _refuse_shared(model, structures, skipped)
+    structures = _refuse_read_above(model, structures, skipped)
+    skipped += _find_unknown(model, structures, skipped)
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    structures.sort(key=lambda s: order[_first_module(s)])
+    structures.sort(key=lambda s: order[_first_module(s, order)])
     return Discovery(tuple(structures), tuple(skipped))
 
 
@@ -150,8 +146,175 @@ def _paths(structure: Structure) -> set[str]:
     return paths
 
 
-def _first_module(structure: Structure) -> str:
-    return structure.outputs[0].tensor.rpartition(".")[0]
+def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:
+    """Whether the module that makes query, key and value is a whole attention module itself."""
+    owner = find_child(module, owner_of(layout))
+    return owner is not module and owner is not None and any(matches_mha(owner, other) for other in MHA_LAYOUTS)
+
+
+def _first_module(structure: Structure, modules: Container[str]) -> str:
+    """The module that holds its first output tensor."""
+    name = structure.outputs[0].tensor
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _join_blocks(joint: dict[str, list[Structure]], skipped: list[Skipped]) -> list[Structure]:
+    """One structure of those in different blocks that share an attention bias."""
+    found = []
+    for name, parts in joint.items():
+        if len({part.units for part in parts}) > 1:
+            skipped.append(
+                Skipped(name, "mha", "blocks that share one attention bias differ in their numbers of heads")
+            )
+            continue
+        members = tuple(member for part in parts for member in part.members)
+        counts = tuple(count for part in parts for count in part.counts)
+        reshaping = tuple(name for part in parts for name in part.reshaping)
+        found.append(Structure(name, "mha", parts[0].units, members, counts, reshaping))
+    return found
+
+
+def _join_by_tables(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Structure]:
+    """Join the attention of blocks whose heads share a table that lies beside the blocks.
+
+    Attention that is given a bias for each head, but has no such table, is skipped.
+    """
+    owned = {member.tensor for s in structures for member in s.members}
+    tables: dict[str, list[Member]] = {}
+    counts: dict[str, list[Count]] = {}
+    for path, module in model.named_modules():
+        for name, dim in SHARED_TABLES.items():
+            tensor = find_tensor(module, name)
+            full = join(path, name)
+            if tensor is not None and full not in owned:
+                tables.setdefault(path, []).append(Member(full, dim, blocks(tensor.shape[dim], 1), "extra"))
+                maker = join(path, name).rpartition(".")[0]
+                for owner in {path, maker}:
+                    for attribute, value in model.get_submodule(owner).__dict__.items():
+                        if attribute in QUERY_HEAD_COUNTS and value == tensor.shape[dim]:
+                            counts.setdefault(path, []).append(Count(owner, attribute, 1))
+    rest: list[Structure] = []
+    groups: dict[str, list[Structure]] = {path: [] for path in tables}
+    for structure in structures:
+        above = [path for path in tables if structure.kind == "mha" and _is_inside(structure.name, path)]
+        if above:
+            groups[max(above, key=len)].append(structure)
+        elif structure.kind == "mha" and "*" not in structure.name and _needs_bias(model, structure):
+            skipped.append(
+                Skipped(
+                    structure.name.rpartition(".")[0],
+                    "mha",
+                    "its forward is given position_bias, which no known layout makes: it may be a bias for each head",
+                )
+            )
+        else:
+            rest.append(structure)
+    for path, parts in groups.items():
+        name = parts[0].name if parts else path
+        name = name if "*" in name else _name_in_stack(model, name)
+        if parts and {len(m.index) for m in tables[path]} == {part.units for part in parts}:
+            members = (*(m for part in parts for m in part.members), *tables[path])
+            joined = (*(c for part in parts for c in part.counts), *counts.get(path, ()))
+            reshaping = tuple(name for part in parts for name in part.reshaping)
+            rest.append(Structure(name, "mha", parts[0].units, members, joined, reshaping))
+        elif parts:
+            skipped.append(
+                Skipped(name, "mha", f"the table {tables[path][0].tensor} has not one position for each of its heads")
+            )
+    return rest
+
+
+def _is_inside(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
+
+
+def _needs_bias(model: nn.Module, structure: Structure) -> bool:
+    """Whether the module that makes query, key and value is given a bias for each head."""
+    made = next(member for member in structure.members if member.role == "input").tensor
+    owner = model.get_submodule(made.rpartition(".")[0].rpartition(".")[0])
+    if "position_bias" not in find_reads(type(owner)).arguments:
+        return False
+    return not any(m.role == "extra" and m.tensor.endswith(tuple(HEAD_TENSORS)) for m in structure.members)
+
+
+def _refuse_shared(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Structure]:
+    """Leave out structures with a parameter that another module uses as well."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    kept = []
+    for structure in structures:
+        for member in structure.members:
+            path, _, leaf = member.tensor.rpartition(".")
+            tensor = getattr(model.get_submodule(path), leaf)
+            if len(owners.get(id(tensor), ())) > 1:
+                reason = f"{member.tensor} is used by more than one module, so that it cannot get a size of its own"
+                skipped.append(Skipped(structure.name, structure.kind, reason))
+                break
+        else:
+            kept.append(structure)
+    return kept
+
+
+def _refuse_read_above(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Structure]:
+    """Leave out attention whose number of heads is read by the code of a module around it, for a mask perhaps."""
+    kept = []
+    for structure in structures:
+        counted = {count.module for count in structure.counts}
+        reason = None
+        path = structure.outputs[0].tensor if structure.kind == "mha" else ""
+        while path and reason is None:
+            path = path.rpartition(".")[0]
+            module = find_child(model, path)
+            if module is None or path in counted:
+                continue
+            for name, value in _head_counts_read(module).items():
+                if type(value) is int and value % structure.units == 0:
+                    reason = f"{type(module).__name__} around it reads {name} = {value} too"
+        if reason is None:
+            kept.append(structure)
+        else:
+            skipped.append(Skipped(structure.name, structure.kind, reason))
+    return kept
+
+
+def _head_counts_read(module: nn.Module) -> dict[str, Any]:
+    """The numbers of heads that a module's code reads; of a model only those in its config.
+
+    A model's own attribute may serve only what its config switches off, such as ALiBi.
+    """
+    reads = find_reads(type(module))
+    if isinstance(module, PreTrainedModel):
+        return {f"config.{name}": get_field(module.config, name) for name in reads.config & set(CONFIG_HEADS)}
+    return {name: module.__dict__.get(name) for name in (reads.names or frozenset()) & set(QUERY_HEAD_COUNTS)}
+
+
+def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Skipped]:
+    """The modules that are called attention or feed-forward networks and match no layout."""
+    covered = {skip.name for skip in skipped}
+    for structure in structures:
+        for member in structure.members:
+            covered.add(member.tensor.rpartition(".")[0])
+    around = {".".join(name.split(".")[:end]) for name in covered for end in range(name.count(".") + 2)}
+    found: list[Skipped] = []
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        called = _CALLED.search(type(module).__name__)
+        if called is None or path in around or path.startswith(tuple(inside)):
+            continue
+        layers = [name for name, _ in module.named_modules() if name and find_layer(module, name) is not None]
+        layers += [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
+        if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered if name):
+            continue
+        inside.append(f"{path}.")
+        kind: Kind = "mha" if called.group().startswith("Att") else "ffn"
+        children = ", ".join(dict.fromkeys(name for name in layers[:8]))
+        found.append(Skipped(path, kind, f"{type(module).__name__} has no known layout; its layers are {children}"))
+    return found
 
 
 def _name_in_stack(model: nn.Module, name: str) -> str:
@@ -163,174 +326,3 @@ def _name_in_stack(model: nn.Module, name: str) -> str:
     )
     block = next((i for i in range(stack, len(parts)) if parts[i].isdigit()), None)
     return name if block is None else ".".join([*parts[:block], "*", *parts[block + 1 :]])
-
-
-def _matches(module: nn.Module, paths: Iterable[str]) -> bool:
-    return all(_is_linear(_child(module, path)) for path in paths)
-
-
-def _child(module: nn.Module, path: str) -> nn.Module | None:
-    found: nn.Module | None = module
-    for name in path.split("."):
-        found = None if found is None else found._modules.get(name)
-    return found
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.weight.shape == (module.out_features, module.in_features)
-    return isinstance(module, Conv1D)
-
-
-def _dims(layer: nn.Module) -> tuple[int, int]:
-    """The dimensions of a layer's weight that are its output and its input."""
-    return (1, 0) if isinstance(layer, Conv1D) else (0, 1)
-
-
-def _width(layer: nn.Module, *, output: bool) -> int:
-    weight = layer.get_parameter("weight")
-    return weight.shape[_dims(layer)[0 if output else 1]]
-
-
-def _layer_members(path: str, layer: nn.Module, index: torch.LongTensor, role: Role) -> list[Member]:
-    """The members of a layer whose outputs (`input`) or inputs (`output`) belong to units."""
-    output_dim, input_dim = _dims(layer)
-    if role == "output":
-        return [Member(f"{path}.weight", input_dim, index, role)]
-    members = [Member(f"{path}.weight", output_dim, index, role)]
-    if getattr(layer, "bias", None) is not None:
-        members.append(Member(f"{path}.bias", 0, index, "extra"))
-    return members
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _read_ffn(path: str, module: nn.Module, layout: FfnLayout) -> Structure:
-    second = _child(module, layout.second)
-    assert second is not None
-    units = _width(second, output=False)
-    members: list[Member] = []
-    for name in layout.first:
-        layer = _child(module, name)
-        assert layer is not None
-        if _width(layer, output=True) != units:
-            raise UnaccountedError(
-                f"{name} makes {_width(layer, output=True)} channels, but {layout.second} reads {units}"
-            )
-        members += _layer_members(_join(path, name), layer, blocks(units, 1), "input")
-    members += _layer_members(_join(path, layout.second), second, blocks(units, 1), "output")
-    if units != _width(second, output=True):  # else every norm of the hidden states has this size
-        for name, tensor in _tensors_near(module, layout):
-            if units in tensor.shape:
-                raise UnaccountedError(
-                    f"{name} of shape {tuple(tensor.shape)} may depend on the {units} intermediate channels, and no "
-                    "layout says how"
-                )
-    return Structure(_join(path, layout.second), "ffn", units, tuple(members), _channel_counts(path, module, units))
-
-
-def _channel_counts(path: str, module: nn.Module, units: int) -> tuple[Count, ...]:
-    return tuple(Count(path, name, 1) for name in CHANNEL_COUNTS if module.__dict__.get(name) == units)
-
-
-def _read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
-    output = _child(module, layout.output)
-    assert output is not None
-    owner_path = layout.query.layer.rpartition(".")[0]
-    owner = module.get_submodule(owner_path)
-    query_width, key_width, value_width = (
-        _part_width(module, part) for part in (layout.query, layout.key, layout.value)
-    )
-    head_size = _head_size(owner, query_width)
-    query_heads, units = query_width // head_size, key_width // head_size
-    if query_width % head_size or key_width % head_size or key_width != value_width or query_heads % units:
-        raise UnaccountedError(
-            f"query, key and value have widths {query_width}, {key_width} and {value_width}, which heads of "
-            f"{head_size} do not explain"
-        )
-    if _width(output, output=False) != query_width:
-        raise UnaccountedError(
-            f"{layout.output} reads {_width(output, output=False)} values, but the query heads make {query_width}"
-        )
-    group = blocks(units, query_width // units)
-    single = blocks(units, head_size)
-    members: list[Member] = []
-    for part, index, width in (
-        (layout.query, group, query_width),
-        (layout.key, single, key_width),
-        (layout.value, single, value_width),
-    ):
-        layer = _child(module, part.layer)
-        assert layer is not None
-        shifted = torch.LongTensor(index + part.number * width)
-        members += _layer_members(_join(path, part.layer), layer, shifted, "input")
-    members += _layer_members(_join(path, layout.output), output, group, "output")
-    for name in layout.per_head:
-        table = _child(module, name)
-        if table is not None:
-            if not isinstance(table, nn.Embedding) or table.weight.shape[1] != units:
-                raise UnaccountedError(f"{name} is not an embedding with one column for each of the {units} heads")
-            members.append(Member(_join(path, name, "weight"), 1, blocks(units, 1), "extra"))
-    layers = {layout.query.layer, layout.key.layer, layout.value.layer, layout.output}
-    for name, tensor in _tensors_outside(module, (*layers, *layout.fixed, *layout.per_head)):
-        raise UnaccountedError(
-            f"{name} of shape {tuple(tensor.shape)} may depend on the {units} heads, and no layout says how"
-        )
-    counts = _head_counts(_join(path, owner_path), owner, units, query_heads, head_size)
-    return Structure(_join(path, layout.output), "mha", units, tuple(members), counts)
-
-
-def _part_width(module: nn.Module, part: Part) -> int:
-    layer = _child(module, part.layer)
-    assert layer is not None
-    width = _width(layer, output=True)
-    if width % part.of:
-        raise UnaccountedError(f"{part.layer} makes {width} values, which are not {part.of} equal parts")
-    return width // part.of
-
-
-def _head_size(owner: nn.Module, query_width: int) -> int:
-    for name in HEAD_SIZES:
-        size = owner.__dict__.get(name)
-        if isinstance(size, int) and size > 0:
-            return size
-    for name in QUERY_HEAD_COUNTS:
-        heads = owner.__dict__.get(name)
-        if isinstance(heads, int) and heads > 0:
-            return query_width // heads
-    known = ", ".join((*HEAD_SIZES, *QUERY_HEAD_COUNTS))
-    raise UnaccountedError(f"none of its attributes tells the width of a head (looked for {known})")
-
-
-def _head_counts(path: str, owner: nn.Module, units: int, query_heads: int, head_size: int) -> tuple[Count, ...]:
-    counts = []
-    for names, total in (
-        (QUERY_HEAD_COUNTS, query_heads),
-        (KEY_VALUE_HEAD_COUNTS, units),
-        (HEAD_WIDTHS, query_heads * head_size),
-    ):
-        for name in names:
-            if name not in owner.__dict__:
-                continue
-            if owner.__dict__[name] != total:
-                raise UnaccountedError(f"its attribute {name} is {owner.__dict__[name]}, but the weights say {total}")
-            counts.append(Count(path, name, total // units))
-    return tuple(counts)
-
-
-def _tensors_outside(module: nn.Module, explained: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and buffers of a module that lie in none of the children explained."""
-    inside = tuple(f"{name}." for name in explained)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not name.startswith(inside):
-            yield name, tensor
-
-
-def _tensors_near(module: nn.Module, layout: FfnLayout) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that may lie between the two layers: beside them, but not inside other modules such as attention."""
-    roots = {path.partition(".")[0] for path in (*layout.first, layout.second)}
-    for name, tensor in _tensors_outside(module, (*layout.first, layout.second, *layout.fixed)):
-        if name.count(".") < 2 or name.partition(".")[0] in roots:
-            yield name, tensor

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .attributes import get_count
 from .compaction import resize_structures
 from .discovery import find_structures
 from .layouts import CONFIG_CHANNELS, CONFIG_HEADS
@@ -267,12 +268,8 @@ def _has_shape_of(model: PreTrainedModel, config: PreTrainedConfig, *, only_stru
     names = {m.tensor for s in structures for m in s.members} if only_structures else wanted.keys()
     if any(shapes.get(name) != wanted[name] for name in names):
         return False
-    return all(
-        getattr(built.get_submodule(count.module), count.attribute)
-        == getattr(model.get_submodule(count.module), count.attribute)
-        for structure in structures
-        for count in structure.counts
-    )
+    counts = [(get_count(built, count), get_count(model, count)) for s in structures for count in s.counts]
+    return all(actual == wanted or actual is None or wanted is None for actual, wanted in counts)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

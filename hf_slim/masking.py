@@ -60,17 +60,20 @@ def find_zero_units(
 ) -> dict[str, torch.Tensor]:
     """Find the units that contribute nothing to the output.
 
+    Such a unit has zeros in its FFN2 or output-projection columns; where an RMS norm spans all units, also in what
+    makes it, since the norm reads it.
+
     Args:
         model: The model that the structures were found in.
         structures: Its structures.
-        whole: Ask for zeros in every tensor of the unit; else only in its FFN2 or output-projection columns.
+        whole: Ask for zeros in every tensor of the unit.
 
     Returns:
         Masks on the CPU: for each structure's name a boolean tensor of shape `[units]`, False for the units that are
         zero.
     """
     return {
-        s.name: torch.stack([_is_used(model, m) for m in (s.members if whole else s.outputs)]).any(0)
+        s.name: torch.stack([_is_used(model, m) for m in (s.members if whole else s.deciders)]).any(0)
         for s in structures
     }
 

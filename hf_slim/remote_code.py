@@ -5,13 +5,15 @@ from __future__ import annotations
 import pprint
 from pathlib import Path
 from string import Template
+from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attributes import get_count
 from .discovery import find_structures
+from .layers import sizes_of
 from .loading import REMOTE_MODULE, base_prefix, build_dense, find_stock_class
 from .structures import get_tensor
 
@@ -84,20 +86,17 @@ def find_auto_classes(model: PreTrainedModel) -> dict[str, str]:
     return found if own.__name__ in found.values() else {}
 
 
-def _attributes(model: nn.Module, dense: nn.Module, prefix: str) -> dict[str, dict[str, int]]:
-    """For each module the counting attributes that differ from the dense model's."""
-    found: dict[str, dict[str, int]] = {}
-    sizes = {torch.nn.Linear: ("in_features", "out_features"), torch.nn.Embedding: ("embedding_dim",)}
+def _attributes(model: nn.Module, dense: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:
+    """For each module the attributes that differ from the dense model's."""
+    found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        other = dense.get_submodule(name)
-        watched = next((names for kind, names in sizes.items() if isinstance(module, kind)), ("nx", "nf"))
-        for attribute in watched:
-            value = module.__dict__.get(attribute)
-            if value is not None and value != other.__dict__.get(attribute):
+        other = sizes_of(dense.get_submodule(name))
+        for attribute, value in sizes_of(module).items():
+            if value != other[attribute]:
                 found.setdefault(name.removeprefix(prefix), {})[attribute] = value
     for structure in find_structures(model).structures:
         for count in structure.counts:
-            value = getattr(model.get_submodule(count.module), count.attribute)
-            if value != getattr(dense.get_submodule(count.module), count.attribute):
+            value = get_count(model, count)
+            if value != get_count(dense, count):
                 found.setdefault(count.module.removeprefix(prefix), {})[count.attribute] = value
     return found

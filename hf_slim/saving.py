@@ -20,11 +20,12 @@ from .arguments import SlimConfig
 from .auto_slim import model_slim
 from .callback import SlimTrainerCallback
 from .discovery import find_structures, require_structures
+from .inputs import make_inputs
 from .loading import RECORD_KEY, REMOTE_MODULE, find_stock_class
 from .model_card import make_model_card
 from .remote_code import make_remote_code
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
-from .verification import VerificationError, compare_outputs, compute_outputs, make_inputs
+from .verification import VerificationError, compare_outputs, compute_outputs
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +37,7 @@ def save_slimmed(
     output_dir: str | os.PathLike[str],
     *,
     processing_class: Any = None,
-    verify: bool | Mapping[str, torch.Tensor] = True,
+    verify: bool | Mapping[str, Any] = True,
     push_to_hub: bool = False,
     repo_id: str | None = None,
     inplace: bool = False,
@@ -53,8 +54,8 @@ def save_slimmed(
         output_dir: The folder.
         processing_class: Tokenizer or processor to save along; the trainer's own if it is not given.
         verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
-            the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass)
-            is used instead of made inputs. False skips both checks.
+            the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass,
+            also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
         push_to_hub: Upload the folder.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
         inplace: Leave the caller's model slimmed, too; else it stays as it was.

@@ -9,8 +9,13 @@ from typing import Literal
 import torch
 from torch import LongTensor, nn
 
+
+class UnaccountedError(ValueError):
+    """A module matches a layout, but something in it is not explained by the layout."""
+
+
 Kind = Literal["ffn", "mha"]
-Role = Literal["output", "input", "extra"]
+Role = Literal["output", "input", "extra", "norm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +27,8 @@ class Member:
         dim: The dimension along which the units lie.
         index: Positions along `dim`, shape `[units, k]`.
         role: `output` for the weight that reads the units (FFN2, output projection), `input` for the weights that
-            make them, `extra` for what else belongs to a unit (biases, relative-position tables).
+            make them, `norm` for the weight of an RMS norm over all units together, `extra` for what else belongs to
+            a unit (biases, relative-position tables).
     """
 
     tensor: str
@@ -33,17 +39,24 @@ class Member:
 
 @dataclass(frozen=True)
 class Count:
-    """A module attribute that counts units: its value is `per_unit` times the number of units.
+    """A module attribute that depends on the number of units.
 
     Args:
         module: Dotted name of the module.
-        attribute: Name of the attribute.
-        per_unit: What one unit adds to it.
+        attribute: Name of the attribute, `config.` before it where the module reads it from its config.
+        per_unit: Its value for one unit.
+        inverse: Whether its value is `per_unit` divided by the number of units (the epsilon of an RMS norm) instead of
+            multiplied with it.
     """
 
     module: str
     attribute: str
-    per_unit: int
+    per_unit: float
+    inverse: bool = False
+
+    def value(self, units: int) -> float:
+        """The attribute's value for a number of units."""
+        return self.per_unit / units if self.inverse else self.per_unit * units
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +70,7 @@ class Structure:
         units: How many units it has.
         members: The tensors that it touches.
         counts: The module attributes that count its units.
+        reshaping: Dotted names of the modules whose code has to infer the width of the heads' outputs.
     """
 
     name: str
@@ -64,11 +78,23 @@ class Structure:
     units: int
     members: tuple[Member, ...]
     counts: tuple[Count, ...] = ()
+    reshaping: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[Member, ...]:
         """The members that read the units: the FFN2 columns or those of the output projection."""
         return tuple(m for m in self.members if m.role == "output")
+
+    @property
+    def deciders(self) -> tuple[Member, ...]:
+        """The members that must be zero for a unit to contribute nothing.
+
+        That is its columns in the output; with a norm over all units also what makes it, since a unit that is zero
+        only behind the norm still changes the mean of the squares.
+        """
+        if any(m.role == "norm" for m in self.members):
+            return tuple(m for m in self.members if m.role != "norm")
+        return self.outputs
 
     def positions(self, units: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
         """Where units lie in the tensors.
@@ -142,6 +168,28 @@ def blocks(count: int, size: int, start: int = 0) -> LongTensor:
         int64 tensor of shape `[count, size]`.
     """
     index = torch.arange(count * size, device="cpu").view(count, size) + start
+    return index  # type: ignore[return-value]
+
+
+def spread(units: int, positions: int, copies: int, start: int = 0) -> LongTensor:
+    """The index of units that own a consecutive range in each of several equal parts.
+
+    Args:
+        units: Number of units.
+        positions: How many positions all parts have together.
+        copies: Number of parts.
+        start: Position at which the first begins.
+
+    Returns:
+        int64 tensor of shape `[units, positions / units]`.
+
+    Raises:
+        UnaccountedError: If they cannot share the positions equally.
+    """
+    if positions % (units * copies):
+        raise UnaccountedError(f"{units} units in {copies} parts cannot share {positions} positions equally")
+    part = positions // copies
+    index = torch.cat([blocks(units, part // units, start + copy * part) for copy in range(copies)], dim=1)
     return index  # type: ignore[return-value]
 
 

@@ -1,0 +1,156 @@
+"""What counts as a linear layer, where its outputs and inputs lie in its weight, and the sizes it stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from .structures import Member, Role
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that is linear in its inputs, or a stack of such layers, one for each expert.
+
+    Args:
+        weight: Dotted name of the weight below the module that was asked.
+        bias: Dotted name of the bias, if there is one.
+        inputs: How many inputs it has.
+        outputs: How many outputs it has.
+        input_dim: Dimension of the weight along which the inputs lie.
+        output_dim: Dimension of the weight along which the outputs lie.
+        bias_dim: Dimension of the bias along which the outputs lie.
+        groups: How many equal groups its outputs and inputs form, each output reading the inputs of its group only.
+    """
+
+    weight: str
+    bias: str | None
+    inputs: int
+    outputs: int
+    input_dim: int
+    output_dim: int
+    bias_dim: int = 0
+    groups: int = 1
+
+    def members(self, path: str, index: torch.LongTensor, role: Role) -> list[Member]:
+        """The members of a structure in this layer.
+
+        Args:
+            path: Dotted name of the module that was asked for the layer.
+            index: Positions of each unit among the outputs, or among the inputs for the role `output`.
+            role: `input` if units own outputs of the layer, `output` if they own inputs.
+
+        Returns:
+            The weight, and the bias where units own outputs.
+        """
+        if role == "output":
+            return [Member(join(path, self.weight), self.input_dim, index, role)]
+        found = [Member(join(path, self.weight), self.output_dim, index, role)]
+        if self.bias is not None:
+            found.append(Member(join(path, self.bias), self.bias_dim, index, "extra"))
+        return found
+
+
+def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer | None:
+    """Find the layer at a path below a module.
+
+    `nn.Linear`, transformers' `Conv1D` and convolutions are layers; so are a module that only wraps one as
+    its child `linear`, and parameters with an expert dimension in front, stored by themselves or as the weight of a
+    module.
+
+    Args:
+        module: Any module.
+        path: Names of children, and of a parameter at the end, joined by dots.
+        swapped: Whether parameters with an expert dimension have their inputs before their outputs.
+
+    Returns:
+        The layer, or None if there is none.
+    """
+    owner, _, leaf = path.rpartition(".")
+    parent = find_child(module, owner)
+    if parent is None:
+        return None
+    weight = parent._parameters.get(leaf)
+    if weight is not None:
+        bias = f"{path}_bias" if parent._parameters.get(f"{leaf}_bias") is not None else None
+        return _stacked(path, bias, weight, swapped=swapped) if weight.dim() == 3 else None
+    child = parent._modules.get(leaf)
+    if child is None:
+        return None
+    if "linear" in child._modules and len(child._modules) == 1 and not child._parameters:
+        path, child = f"{path}.linear", child._modules["linear"]
+    weight = None if child is None else child._parameters.get("weight")
+    if child is None or weight is None:
+        return None
+    bias = f"{path}.bias" if child._parameters.get("bias") is not None else None
+    if isinstance(child, Conv1D):
+        return Layer(f"{path}.weight", bias, weight.shape[0], weight.shape[1], 0, 1)
+    if isinstance(child, nn.Linear):
+        if tuple(weight.shape) != (child.out_features, child.in_features) or child._buffers:
+            return None
+        return Layer(f"{path}.weight", bias, weight.shape[1], weight.shape[0], 1, 0)
+    if isinstance(child, _ConvNd):
+        return Layer(f"{path}.weight", bias, child.in_channels, weight.shape[0], 1, 0, groups=child.groups)
+    if weight.dim() == 3 and len(child._parameters) == 1 and not child._modules:
+        return _stacked(f"{path}.weight", None, weight, swapped=False)
+    return None
+
+
+def find_child(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path below another, which may be empty; None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
+def find_tensor(module: nn.Module, path: str) -> torch.Tensor | None:
+    """The parameter or buffer at a path below a module; None if there is none."""
+    owner, _, leaf = path.rpartition(".")
+    parent = find_child(module, owner)
+    if parent is None:
+        return None
+    tensor = parent._parameters.get(leaf)
+    return parent._buffers.get(leaf) if tensor is None else tensor
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """What a layer's attributes for its sizes have to be, by its weight.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Names and values of the attributes; empty for a module that stores no sizes of its weight.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, Conv1D):
+        return {"nx": weight.shape[0], "nf": weight.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups == module.out_channels
+        groups = weight.shape[0] if depthwise and module.groups > 1 else module.groups
+        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
+    if isinstance(module, nn.RMSNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    return {}
+
+
+def join(*parts: str) -> str:
+    """Names joined by dots, without the empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def _stacked(path: str, bias: str | None, weight: torch.Tensor, *, swapped: bool) -> Layer:
+    input_dim, output_dim = (1, 2) if swapped else (2, 1)
+    return Layer(path, bias, weight.shape[input_dim], weight.shape[output_dim], input_dim, output_dim, bias_dim=1)

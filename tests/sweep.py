@@ -1,0 +1,191 @@
+"""Slim every model type that an Auto class of transformers serves, and say what became of each.
+
+`python tests/sweep.py --write docs/architectures.md` runs all types, each in a process of its own, and writes the page
+of supported architectures; `--types bert,gpt2` runs some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny import model_types
+from tqdm import tqdm
+from verdict import KINDS, Verdict, sweep_type
+
+TIMEOUT = 120.0
+COMMAND = "python tests/sweep.py --write docs/architectures.md"
+PAGE = """# Supported architectures
+
+transformers {version}, every model type that an Auto class serves. Made by `{command}`, which builds a tiny model of
+each type, zeroes half of its units, slims it, and compares its outputs, its reloaded copy and its generated text with
+the masked model's.
+
+{summary}
+
+`slimmed` counts the structures of the tiny model; `-` means that the type has no such module of linear layers.
+
+| type | FFN | attention | note |
+| --- | --- | --- | --- |
+{rows}
+
+## Not built or not run
+
+| type | why |
+| --- | --- |
+{failed}
+"""
+
+
+def sweep(types: Sequence[str], jobs: int = 2) -> list[Verdict]:
+    """Sweep types, each in a process of its own, so that a crash or a hang of one is a verdict, too.
+
+    Args:
+        types: Model types.
+        jobs: How many at a time.
+
+    Returns:
+        A verdict for each, in their order.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(types))
+    running: dict[Any, tuple[str, Any, float]] = {}
+    verdicts: dict[str, Verdict] = {}
+    with tqdm(total=len(types), unit="type") as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                model_type = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(model_type, sender))
+                process.start()
+                sender.close()
+                running[receiver] = (model_type, process, time.monotonic())
+            ready = wait(list(running), timeout=1)
+            for receiver, (model_type, process, start) in list(running.items()):
+                if receiver in ready:
+                    verdicts[model_type] = _receive(receiver, model_type)
+                elif time.monotonic() - start > TIMEOUT:
+                    process.kill()
+                    verdicts[model_type] = Verdict(model_type, error=f"not finished after {TIMEOUT:.0f} s")
+                else:
+                    continue
+                process.join()
+                receiver.close()
+                del running[receiver]
+                bar.update()
+    return [verdicts[model_type] for model_type in types]
+
+
+def _work(model_type: str, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sender.send(sweep_type(model_type))
+
+
+def _receive(receiver: Connection, model_type: str) -> Verdict:
+    try:
+        return receiver.recv()
+    except EOFError:
+        return Verdict(model_type, error="the process crashed")
+
+
+def summarize(verdicts: Sequence[Verdict]) -> str:
+    """The counts, a line each."""
+    built, ran = [v for v in verdicts if v.built], [v for v in verdicts if v.ran]
+    lines = [f"- {len(verdicts)} types, {len(built)} built, {len(ran)} of them run on made inputs"]
+    for kind, name in zip(KINDS, ("FFN", "attention"), strict=True):
+        states = Counter(v.kinds[kind].state for v in ran)
+        having = sum(states.values()) - states["none"]
+        share = 100 * states["slimmed"] / max(1, having)
+        lines.append(
+            f"- {name}: {having} types have it, {states['slimmed']} slimmed ({share:.1f} %), {states['skipped']} "
+            f"skipped with a reason, {states['not found']} not found"
+        )
+    for name, found in (
+        ("slimmed models that compute something else", [v for v in verdicts if v.wrong]),
+        ("errors", [v for v in verdicts if v.error]),
+        ("types with structures that the inputs do not reach", [v for v in verdicts if v.unreached]),
+        ("generations compared", [v for v in verdicts if v.generation.startswith("compared")]),
+    ):
+        lines.append(f"- {len(found)} {name}")
+    return "\n".join(lines)
+
+
+def write_page(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Write the page of supported architectures."""
+    rows = [
+        f"| {v.model_type} | {_cell(v, 'ffn')} | {_cell(v, 'mha')} | {_escape(_note(v))} |" for v in verdicts if v.ran
+    ]
+    failed = [f"| {v.model_type} | {_escape(v.reason or v.error)} |" for v in verdicts if not v.ran]
+    text = PAGE.format(
+        version=transformers.__version__,
+        command=COMMAND,
+        summary=summarize(verdicts),
+        rows="\n".join(rows),
+        failed="\n".join(failed),
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _cell(verdict: Verdict, kind: str) -> str:
+    result = verdict.kinds[kind]
+    if result.state == "none":
+        return "-"
+    return f"slimmed {result.slimmed}" if result.slimmed else result.state
+
+
+def _note(verdict: Verdict) -> str:
+    notes = [f"**wrong**: {verdict.wrong}"] if verdict.wrong else []
+    notes += [f"**error**: {verdict.error}"] if verdict.error else []
+    for kind, name in zip(KINDS, ("FFN", "attention"), strict=True):
+        reasons = Counter(_generalize(reason) for _, reason in verdict.kinds[kind].skipped)
+        notes += [f"{name}, {number} skipped: {reason}" for reason, number in reasons.most_common(2)]
+    if verdict.unreached:
+        notes.append(f"{len(verdict.unreached)} not reached by the inputs: {_generalize(verdict.unreached[0])}")
+    return "; ".join(notes)
+
+
+def _generalize(reason: str) -> str:
+    """The reason without the numbers of layers, so that those of equal blocks are equal; and short."""
+    text = re.sub(r"\.\d+(?=\.|\b)", ".*", " ".join(reason.split()))
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    """Parse the flags, sweep, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", type=lambda text: text.split(","), default=model_types())
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the verdicts there")
+    parser.add_argument("--write", type=Path, help="write the page there")
+    flags = parser.parse_args()
+    verdicts = sweep(flags.types, flags.jobs)
+    for verdict in verdicts:
+        trouble = _note(verdict) if verdict.ran else verdict.reason or verdict.error
+        states = " ".join(f"{kind}: {_cell(verdict, kind)}," for kind in KINDS) if verdict.ran else "not run:"
+        print(f"{verdict.model_type}: {states} {trouble}")
+    print(summarize(verdicts))
+    if flags.json:
+        flags.json.write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
+    if flags.write:
+        write_page(verdicts, flags.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Every model type of transformers can be slimmed: about forty of them here, all of them with `pytest -m slow`."""
+
+import pytest
+from sweep import sweep
+from tiny import model_types
+from verdict import KINDS, sweep_type
+
+TYPES = (
+    "albert bart beit bert bigbird_pegasus clip codegen deberta deberta-v2 deepseek_v2 deepseek_v3 distilbert falcon "
+    "gemma2 gpt2 gpt_bigcode gpt_neox gpt_oss gptj hubert llama llava longformer longt5 mixtral modernbert mpnet "
+    "nomic_bert olmo2 opt phi3 qwen2_moe qwen3 roformer siglip squeezebert swin t5 vit wav2vec2 whisper xglm"
+).split()
+LEFT_ALONE: dict[tuple[str, str], str] = {
+    ("squeezebert", "ffn"): "not found",
+    ("squeezebert", "mha"): "not found",
+}
+"""What is expected for the kinds that are not slimmed: a part of the reason, or the state."""
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_tiny_model_of_the_type_is_slimmed_exactly(model_type):
+    verdict = sweep_type(model_type)
+    assert verdict.ran, verdict.reason
+    assert not verdict.error
+    assert not verdict.wrong
+    assert not verdict.unreached
+    for kind in KINDS:
+        found = verdict.kinds[kind]
+        expected = LEFT_ALONE.get((model_type, kind))
+        if expected is None:
+            assert found.state == "slimmed", found.skipped
+            assert not found.skipped
+        else:
+            assert expected in (found.state, *(reason for _, reason in found.skipped))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nearly_all_types_are_slimmed_exactly():
+    verdicts = [verdict for verdict in sweep(model_types()) if verdict.built]
+    assert len([v for v in verdicts if v.ran]) >= 350
+    assert {v.model_type: v.wrong for v in verdicts if v.wrong} == {}
+    assert {v.model_type: v.error for v in verdicts if v.error} == {}
+    for kind, share in (("ffn", 0.98), ("mha", 0.93)):
+        having = [v for v in verdicts if v.ran and v.kinds[kind].state != "none"]
+        slimmed = [v for v in having if v.kinds[kind].state == "slimmed"]
+        assert len(slimmed) >= share * len(having), [v.model_type for v in having if v not in slimmed]

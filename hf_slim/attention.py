@@ -299,7 +299,7 @@ def _count(path: str, name: str, value: int, heads: _Heads, reads: Reads, *, is_
     keys = heads.keys * size
     if heads.shared and value == keys:
         return None
-    if reads.input_width is not None and value == heads.width:
+    if reads.input_width is not None and value == heads.width and name in reads.used:
         return None  # the code compares the width of its input with it
     if value in (heads.width, keys, heads.width + 2 * keys, 3 * heads.width) and value > size:
         if name in reads.used or name not in (reads.names or ()) or (heads.shared and value != heads.width):

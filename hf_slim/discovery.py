@@ -26,7 +26,7 @@ from .layouts import (
 from .source import find_reads
 from .structures import Count, Discovery, Kind, Member, Skipped, Structure, UnaccountedError, blocks
 
-_CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Experts")
+_CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
 
 def find_structures(model: nn.Module) -> Discovery:

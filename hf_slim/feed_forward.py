@@ -154,5 +154,5 @@ def _tensors_near(module: nn.Module, layout: FfnLayout) -> Iterator[tuple[str, t
     explained = (*layout.first, layout.second, *layout.between)
     roots = {name.partition(".")[0] for name in explained}
     for name, tensor in _tensors_outside(module, explained):
-        if name.count(".") < 2 or name.partition(".")[0] in roots:
+        if name.count(".") < 2 or name.partition(".")[0] in roots or name.startswith(explained):
             yield name, tensor

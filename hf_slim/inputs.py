@@ -32,7 +32,7 @@ RUN_ERRORS = (
 """What a model raises on inputs that it cannot take."""
 
 _MODALITIES = ("text", "image", "video", "audio")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_source_positions")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 _QUERIES = ("num_query_tokens", "latent_query_num")
 
 _SHAPES: dict[str, tuple[int | str, ...]] = {
@@ -47,10 +47,12 @@ _SHAPES: dict[str, tuple[int | str, ...]] = {
     "inputs": (1, LENGTH, "d_model"),
     "inputs_embeds": (1, LENGTH, "hidden_size"),
     "query_embeds": (1, LENGTH, "hidden_size"),
+    "latents": (1, "hidden_size", LENGTH),
+    "decoder_input_values": (1, LENGTH, "num_mel_bins"),
     "encoder_hidden_states": (1, LENGTH, "encoder_hidden_size"),
 }
 """Floating-point arguments that have one shape in all models, with the config fields that say it."""
-_STAND_INS = ("inputs", "inputs_embeds", "query_embeds")
+_STAND_INS = ("inputs", "inputs_embeds", "query_embeds", "latents")
 """Those of them that are made only for a model that cannot do without."""
 
 
@@ -150,10 +152,10 @@ class _Example:
         parts: list[list[Inputs]] = [self._others()]
         makers = {"image": make_images, "video": make_videos, "audio": make_audio}
         for modality, make in makers.items():
-            variants = make(self.taker)
+            variants = [variant for variant in make(self.taker) if self.names & variant.keys()]
             get_features = _find_method(self.model, f"get_{modality}_features")
             if variants and self._has_placeholders(modality):
-                vectors[modality] = 1
+                vectors[modality] = self.taker.find_size(_QUERIES, 1)
                 if get_features is not None:
                     variants, vectors[modality] = self._count_vectors(modality, variants, get_features)
             parts.append(variants or [{}])

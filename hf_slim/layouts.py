@@ -87,6 +87,10 @@ FFN_LAYOUTS = (
     FfnLayout(("conv1",), "conv2", alone=True),
     FfnLayout(("conv_1",), "conv_2", alone=True),
     FfnLayout(("proj_up_gate", "proj_up"), "proj_down"),
+    FfnLayout(("dense.dense",), "output.dense"),
+    FfnLayout(("conv1.convolution",), "conv2.convolution", alone=True),
+    FfnLayout(("proj_in",), "proj_out", alone=True),
+    FfnLayout(("layers.0",), "layers.1", alone=True),
     FfnLayout(("ffn.0",), "ffn.2"),
     FfnLayout(("ff.0",), "ff.3"),
     FfnLayout(("pwconv1",), "pwconv2"),
@@ -106,8 +110,10 @@ FFN_LAYOUTS = (
 
 MHA_LAYOUTS = (
     MhaLayout(
-        ("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "projection_layer", "Wo", "dense", "post")
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj", "out_proj", "proj", "projection_layer", "Wo", "dense", "post", "output_projection.o_proj"),
     ),
+    MhaLayout(("q_gate_proj", "kv_b_proj"), ("o_proj",)),
     MhaLayout(("q_b_proj", "kv_b_proj"), ("o_proj",)),
     MhaLayout(("q_proj", "kv_b_proj"), ("o_proj",)),
     MhaLayout(("self.query", "self.key", "self.value"), ("output.dense",)),
@@ -141,6 +147,7 @@ MHA_LAYOUTS = (
 HEAD_LAYERS = (
     "gate_proj",
     "g_proj",
+    "output_projection.gate_proj",
     "query_global",
     "key_global",
     "value_global",
@@ -161,6 +168,7 @@ HEAD_LAYERS = (
 HEAD_TENSORS = {
     "sinks": 0,
     "gate_bias": 0,
+    "exclusive_self_attention.alpha": 0,
     "softmax_scaling.scale": 0,
     "softmax_scaling.bias": 0,
     "k_sconv.conv1d.weight": 0,
@@ -195,6 +203,10 @@ SHARED_TABLES = {
     "rel_pos_bias.weight": 0,
     "rel_pos_x_bias.weight": 0,
     "rel_pos_y_bias.weight": 0,
+    "box_rpb_embed_x.layer2.weight": 0,
+    "box_rpb_embed_x.layer2.bias": 0,
+    "box_rpb_embed_y.layer2.weight": 0,
+    "box_rpb_embed_y.layer2.bias": 0,
     "relative_bias.biases.0.relative_attention_bias.weight": 1,
     "relative_bias.biases.1.relative_attention_bias.weight": 1,
     "relative_bias.biases.2.relative_attention_bias.weight": 1,
@@ -241,6 +253,7 @@ FIXED = (
     "scaling",
     "per_dim_scale",
     "softcap",
+    "k_rope_only_layernorm",
     "post_attention.layernorm",
     "continuous_position_bias_mlp.0",
     "distance_embedding",
@@ -288,6 +301,7 @@ CHANNEL_COUNTS = (
     "ffn_dim",
     "expert_dim",
     "ffn_hidden_size",
+    "up_proj_dim",
 )
 """Attributes of a feed-forward module that count its intermediate channels."""
 

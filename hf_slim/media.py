@@ -121,6 +121,9 @@ def make_images(taker: Taker) -> list[Inputs]:
                 "aspect_ratio_mask": torch.ones(1, 1, several, dtype=torch.long),
             },
         ]
+    weight = _patch_weight(taker.model)
+    if weight is not None and weight.dim() == 2:
+        variants += [_pixels((16, weight.shape[1])), _pixels((1, 16, weight.shape[1]))]
     return variants
 
 
@@ -254,7 +257,7 @@ def _make_spectrograms(taker: Taker, name: str) -> Iterator[Inputs]:
     window = taker.find_size(("n_window",), 0, "audio")
     bins = taker.find_size(_MEL_BINS, 0, "audio")
     for size in [bins] if bins else (80, 128):
-        for frames in filter(None, (2 * window, 2 * positions, positions, *_MEL_FRAMES)):
+        for frames in filter(None, (*_MEL_FRAMES, 2 * window, 2 * positions, positions)):
             mask = torch.ones(1, frames, dtype=torch.long)
             masks = {"input_features_mask": mask, "feature_attention_mask": mask, "audio_mel_mask": mask == 0}
             samples = torch.ones(1, 160 * frames, dtype=torch.long)

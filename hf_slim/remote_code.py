@@ -17,6 +17,7 @@ from .layers import sizes_of
 from .loading import REMOTE_MODULE, base_prefix, build_dense, find_stock_class
 from .structures import get_tensor
 
+_WIDTHS = Path(__file__).with_name("widths.py")
 _TEMPLATE = Path(__file__).with_name("templates") / "modeling_hf_slim.py.txt"
 
 
@@ -46,12 +47,26 @@ def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | Non
             shape = tuple(get_tensor(model, member.tensor).shape)
             if shape != tuple(get_tensor(dense, member.tensor).shape):
                 shapes[member.tensor.removeprefix(prefix)] = shape
+    reshaping = _reshaping(model, dense, prefix)
     source = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         shapes=pprint.pformat(shapes, width=110, sort_dicts=False),
         attributes=pprint.pformat(_attributes(model, dense, prefix), width=110, sort_dicts=False),
+        reshaping=pprint.pformat(reshaping, width=110),
+        widths=_WIDTHS.read_text(encoding="utf-8") + "\n\n" if reshaping else "",
         classes="\n\n\n".join(_class_source(name) for name in classes),
     )
     return source, auto_map
+
+
+def _reshaping(model: nn.Module, dense: nn.Module, prefix: str) -> list[str]:
+    """The modules whose code has to infer the width of fewer heads."""
+    before = {s.name: s.units for s in find_structures(dense).structures}
+    return [
+        name.removeprefix(prefix)
+        for s in find_structures(model).structures
+        if s.units < before[s.name]
+        for name in s.reshaping
+    ]
 
 
 def _class_source(name: str) -> str:

@@ -12,12 +12,14 @@ from typing import Any
 
 from .widths import arguments_of, find_width, root_of, written_class
 
+_BUILDING = ("__init__", "_init_weights", "reset_parameters")
+"""Methods that build a module, for all its heads and channels."""
 _SHAPING = ("view", "reshape", "unflatten", "split")
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What the methods of a class read of `self`, the constructor aside.
+    """What the methods of a class read of `self`, those aside that build it.
 
     Args:
         names: Attributes that are read; None if the source cannot be had, so that any may be.
@@ -36,8 +38,7 @@ class Reads:
     input_width: str | None
 
 
-@functools.cache
-def find_reads(kind: Any) -> Reads:
+def find_reads(kind: type) -> Reads:
     """Read the source of a module's class and of the classes that it inherits from, up to `nn.Module`.
 
     Args:
@@ -46,12 +47,17 @@ def find_reads(kind: Any) -> Reads:
     Returns:
         What its methods read.
     """
+    written: Any = written_class(kind)
+    return _find_reads(written)
+
+
+@functools.cache
+def _find_reads(kind: Any) -> Reads:
     names: set[str] | None = set()
     config: set[str] = set()
     used: set[str] = set()
     calls: set[str] = set()
     width: str | None = None
-    kind = written_class(kind)
     for base in kind.__mro__:
         if base.__module__.startswith("torch.nn.") or base is object:
             continue
@@ -61,7 +67,7 @@ def find_reads(kind: Any) -> Reads:
             names = None
             continue
         for function in ast.walk(tree):
-            if not isinstance(function, ast.FunctionDef) or function.name == "__init__":
+            if not isinstance(function, ast.FunctionDef) or function.name in _BUILDING:
                 continue
             for name, chain in _self_reads(function):
                 if name.startswith("config."):

@@ -9,6 +9,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 _RESHAPING = ("view", "reshape")
 
@@ -34,16 +35,17 @@ def can_infer(kind: type) -> bool:
     Returns:
         True if `infer_widths` works for it.
     """
-    return _inferring(kind) is not None
+    known: Any = kind
+    return _inferring(known) is not None
 
 
-def infer_widths(module: object) -> None:
+def infer_widths(module: Any) -> None:
     """Make a module infer those widths from then on; its class becomes a subclass that does.
 
     Args:
         module: The module; changed in place.
     """
-    kind = type(module)
+    kind: Any = type(module)
     if not getattr(kind, "infers_widths", False):
         module.__class__ = _inferring(kind)
 
@@ -90,7 +92,7 @@ def arguments_of(function: ast.FunctionDef) -> set[str]:
 @functools.cache
 def _inferring(kind: type) -> type | None:
     """The subclass whose methods infer the widths; None if some cannot be inferred."""
-    methods: dict[str, object] = {}
+    methods: dict[str, Any] = {}
     for function in vars(kind).values():
         if not inspect.isfunction(function):
             continue

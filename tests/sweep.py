@@ -152,6 +152,7 @@ def _note(verdict: Verdict) -> str:
     for kind, name in zip(KINDS, ("FFN", "attention"), strict=True):
         reasons = Counter(_generalize(reason) for _, reason in verdict.kinds[kind].skipped)
         notes += [f"{name}, {number} skipped: {reason}" for reason, number in reasons.most_common(2)]
+    notes += [f"reloading not compared: {verdict.not_reloaded}"] if verdict.not_reloaded else []
     if verdict.unreached:
         notes.append(f"{len(verdict.unreached)} not reached by the inputs: {_generalize(verdict.unreached[0])}")
     return "; ".join(notes)

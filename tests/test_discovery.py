@@ -4,8 +4,18 @@ import pytest
 import torch
 from conftest import build
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ReformerConfig,
+    ReformerModel,
+)
 
+from hf_slim.compaction import compact_model
 from hf_slim.discovery import exclude_structures, find_structures, require_structures
 
 EXPECTED = {
@@ -87,16 +97,36 @@ def test_runs_on_the_meta_device():
 
 
 def test_unexplained_parameters_are_skipped_with_the_reason():
-    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(
-        vocab_size=9, head_dim=8, intermediate_size=64, pad_token_id=None, eos_token_id=None, **fields
-    )
-    found = find_structures(Qwen3ForCausalLM(config))
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(vocab_size=9, intermediate_size=64, pad_token_id=None, **fields))
+    found = find_structures(model)
     assert [(s.name, s.kind) for s in found.skipped] == [("model.layers.0.self_attn", "mha")]
-    assert "q_norm.weight of shape (8,) may depend on the 2 heads" in found.skipped[0].reason
-    assert "q_norm.weight" in str(found)
-    with pytest.raises(ValueError, match=r"no attention module that can be slimmed.*\n.*self_attn: q_norm.weight"):
-        require_structures(Qwen3ForCausalLM(config), found, "mha")
+    assert "lambda_q1 of shape (8,) may depend on the 4 heads" in found.skipped[0].reason
+    assert "lambda_q1" in str(found)
+    with pytest.raises(ValueError, match=r"no attention module that can be slimmed.*\n.*self_attn: lambda_q1"):
+        require_structures(model, found, "mha")
+
+
+def test_attention_without_a_layout_is_reported():
+    config = ReformerConfig(attn_layers=["local"], hidden_size=32, num_attention_heads=2, axial_pos_embds=False)
+    (skipped,) = find_structures(ReformerModel(config)).skipped
+    assert (skipped.name, skipped.kind) == ("encoder.layers.0.attention", "mha")
+    assert "ReformerAttention has no known layout; its layers are self_attention.query" in skipped.reason
+
+
+def test_code_that_reads_an_unknown_width_is_refused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head_dim, self.total_dim = 4, 16
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 16) for _ in range(4))
+            self.o_proj = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.o_proj(torch.zeros(*x.shape[:-1], self.total_dim))
+
+    (skipped,) = find_structures(nn.Sequential(Attention())).skipped
+    assert skipped.reason == "its code reads total_dim = 16, which may be a width of its 4 heads"
 
 
 def test_norm_between_the_layers_is_skipped():
@@ -148,8 +178,18 @@ def test_pattern_without_a_match_is_refused():
         exclude_structures(find_structures(build("bert")).structures, ["layer.7"])
 
 
-def test_a_group_left_alone_is_still_found():
+def test_query_heads_are_the_units_of_multi_query_attention():
     config = LlamaConfig(
         vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1
     )
-    assert [s.units for s in find_structures(LlamaForCausalLM(config)).of_kind("mha")] == [1]
+    (mha,) = find_structures(LlamaForCausalLM(config)).of_kind("mha")
+    assert mha.units == 4
+    assert [m.tensor.split(".")[-2] for m in mha.members] == ["q_proj", "o_proj"]
+    assert [(c.attribute, c.value(2)) for c in mha.counts] == [("num_key_value_groups", 2)]
+
+
+def test_one_group_that_is_left_stays_one_unit():
+    model = build("llama")
+    structures = find_structures(model).of_kind("mha")
+    compact_model(model, structures, {s.name: torch.arange(s.units) < 1 for s in structures})
+    assert [s.units for s in find_structures(model).of_kind("mha")] == [1, 1]

@@ -33,7 +33,7 @@ CASES = {
     ),
     "clip": (
         "CLIPModel",
-        transformers.CLIPConfig({**TEXT, **STACK}, IMAGE, projection_dim=32),
+        transformers.CLIPConfig(text_config={**TEXT, **STACK}, vision_config=IMAGE, projection_dim=32),
         "input_ids (1, 16), pixel_values (1, 3, 16, 16)",
     ),
     "wav2vec2": (
@@ -54,7 +54,9 @@ CASES = {
     "llava": (
         "LlavaForConditionalGeneration",
         transformers.LlavaConfig(
-            transformers.CLIPVisionConfig(**IMAGE), transformers.LlamaConfig(**TEXT, **STACK), image_token_index=98
+            vision_config=transformers.CLIPVisionConfig(**IMAGE),
+            text_config=transformers.LlamaConfig(**TEXT, **STACK),
+            image_token_index=98,
         ),
         "input_ids (1, 32), pixel_values (1, 3, 16, 16)",
     ),
@@ -84,7 +86,14 @@ CASES = {
     "sam": (
         "SamModel",
         transformers.SamConfig(
-            vision_config={**SAM, "output_channels": 16, "num_hidden_layers": 1, "mlp_dim": 48, "window_size": 4},
+            vision_config={
+                **SAM,
+                "output_channels": 16,
+                "num_pos_feats": 8,
+                "num_hidden_layers": 1,
+                "mlp_dim": 48,
+                "window_size": 4,
+            },
             prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8},
             mask_decoder_config={"hidden_size": 16, "mlp_dim": 24, "num_attention_heads": 2, "iou_head_hidden_dim": 8},
         ),
@@ -104,7 +113,7 @@ CASES = {
         "Qwen2AudioForConditionalGeneration",
         transformers.Qwen2AudioConfig(
             audio_config={**TWO, "num_mel_bins": 20, "max_source_positions": 30},
-            text_config={**TEXT, **STACK, "model_type": "qwen2"},
+            text_config={**TEXT, **STACK, "model_type": "qwen2", "num_key_value_heads": 2},
             audio_token_index=98,
         ),
         "attention_mask (1, 17), feature_attention_mask (1, 60), input_features (1, 20, 60), input_ids (1, 17)",

@@ -14,6 +14,8 @@ from .widths import arguments_of, find_width, root_of, written_class
 
 _BUILDING = ("__init__", "_init_weights", "reset_parameters")
 """Methods that build a module, for all its heads and channels."""
+_GENERAL = ("torch.", "transformers.modeling_", "transformers.generation", "transformers.utils", "transformers.integr")
+"""Modules whose classes know nothing of the heads or channels of those that inherit from them."""
 _SHAPING = ("view", "reshape", "unflatten", "split")
 
 
@@ -39,7 +41,7 @@ class Reads:
 
 
 def find_reads(kind: type) -> Reads:
-    """Read the source of a module's class and of the classes that it inherits from, up to `nn.Module`.
+    """Read the source of a module's class and of the classes that it inherits from, up to the general ones.
 
     Args:
         kind: The class, of a `torch.nn.Module`.
@@ -59,7 +61,7 @@ def _find_reads(kind: Any) -> Reads:
     calls: set[str] = set()
     width: str | None = None
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.nn.") or base is object:
+        if base is object or base.__module__.startswith(_GENERAL):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))

@@ -96,6 +96,8 @@ def read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
         *(layer.groups for layer in layers.values() if layer is not None),
         1,
     )
+    if owner_path.partition(".")[0] in find_reads(type(module)).replaced:
+        raise UnaccountedError(f"its code replaces {owner_path} by a new module, which would have all heads again")
     heads = _count_heads(module, owner, layout, output, copies)
     members: list[Member] = []
     counts: list[Count] = []

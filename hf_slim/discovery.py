@@ -26,6 +26,7 @@ from .layouts import (
 from .source import find_reads
 from .structures import Count, Discovery, Kind, Member, Skipped, Structure, UnaccountedError, blocks
 
+_KINDS: tuple[Kind, ...] = ("ffn", "mha")
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
 
@@ -57,13 +58,14 @@ def find_structures(model: nn.Module) -> Discovery:
                 else:
                     structures.append(found)
                 break
+        taken: set[str] = set()
         for ffn in FFN_LAYOUTS:
-            if matches_ffn(module, ffn):
+            if ffn.second not in taken and matches_ffn(module, ffn):
+                taken.add(ffn.second)
                 try:
                     structures.append(read_ffn(path, module, ffn))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "ffn", str(reason)))
-                break
     structures += _join_blocks(joint, skipped)
     structures = _join_by_tables(model, structures, skipped)
     structures = _refuse_shared(model, structures, skipped)
@@ -213,7 +215,7 @@ def _join_by_tables(model: nn.Module, structures: list[Structure], skipped: list
             rest.append(structure)
     for path, parts in groups.items():
         name = parts[0].name if parts else path
-        name = name if "*" in name else _name_in_stack(model, name)
+        name = name if "*" in name or len(parts) < 2 else _name_in_stack(model, name)
         if parts and {len(m.index) for m in tables[path]} == {part.units for part in parts}:
             members = (*(m for part in parts for m in part.members), *tables[path])
             joined = (*(c for part in parts for c in part.counts), *counts.get(path, ()))
@@ -295,23 +297,32 @@ def _head_counts_read(module: nn.Module) -> dict[str, Any]:
 
 def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Skipped]:
     """The modules that are called attention or feed-forward networks and match no layout."""
-    covered = {skip.name for skip in skipped}
+    covered = {kind: {skip.name for skip in skipped if skip.kind == kind} for kind in _KINDS}
     for structure in structures:
-        for member in structure.members:
-            covered.add(member.tensor.rpartition(".")[0])
-    around = {".".join(name.split(".")[:end]) for name in covered for end in range(name.count(".") + 2)}
+        covered[structure.kind] |= {member.tensor.rpartition(".")[0] for member in structure.members}
+    members = {name for names in covered.values() for name in names}
+    around = {
+        kind: {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
+        for kind, names in covered.items()
+    }
     found: list[Skipped] = []
     inside: list[str] = []
     for path, module in model.named_modules():
         called = _CALLED.search(type(module).__name__)
-        if called is None or path in around or path.startswith(tuple(inside)):
+        if called is None or path.startswith(tuple(inside)):
             continue
-        layers = [name for name, _ in module.named_modules() if name and find_layer(module, name) is not None]
+        kind: Kind = "mha" if called.group().startswith("Att") else "ffn"
+        if path in around[kind]:
+            continue
+        layers = [
+            name
+            for name, _ in module.named_modules()
+            if name and join(path, name) not in members and find_layer(module, name) is not None
+        ]
         layers += [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
-        if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered if name):
+        if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered[kind] if name):
             continue
         inside.append(f"{path}.")
-        kind: Kind = "mha" if called.group().startswith("Att") else "ffn"
         children = ", ".join(dict.fromkeys(name for name in layers[:8]))
         found.append(Skipped(path, kind, f"{type(module).__name__} has no known layout; its layers are {children}"))
     return found

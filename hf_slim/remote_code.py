@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pprint
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,7 +16,7 @@ from .attributes import get_count
 from .discovery import find_structures
 from .layers import sizes_of
 from .loading import REMOTE_MODULE, base_prefix, build_dense, find_stock_class
-from .structures import get_tensor
+from .structures import Structure, get_tensor
 
 _WIDTHS = Path(__file__).with_name("widths.py")
 _TEMPLATE = Path(__file__).with_name("templates") / "modeling_hf_slim.py.txt"
@@ -41,16 +42,17 @@ def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | Non
         return None
     dense = build_dense(model)
     prefix = base_prefix(model)
+    structures = find_structures(dense).structures
     shapes = {}
-    for structure in find_structures(model).structures:
+    for structure in structures:
         for member in structure.members:
             shape = tuple(get_tensor(model, member.tensor).shape)
             if shape != tuple(get_tensor(dense, member.tensor).shape):
                 shapes[member.tensor.removeprefix(prefix)] = shape
-    reshaping = _reshaping(model, dense, prefix)
+    reshaping = _reshaping(model, structures, prefix)
     source = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         shapes=pprint.pformat(shapes, width=110, sort_dicts=False),
-        attributes=pprint.pformat(_attributes(model, dense, prefix), width=110, sort_dicts=False),
+        attributes=pprint.pformat(_attributes(model, dense, structures, prefix), width=110, sort_dicts=False),
         reshaping=pprint.pformat(reshaping, width=110),
         widths=_WIDTHS.read_text(encoding="utf-8") + "\n\n" if reshaping else "",
         classes="\n\n\n".join(_class_source(name) for name in classes),
@@ -58,15 +60,10 @@ def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | Non
     return source, auto_map
 
 
-def _reshaping(model: nn.Module, dense: nn.Module, prefix: str) -> list[str]:
+def _reshaping(model: nn.Module, structures: Sequence[Structure], prefix: str) -> list[str]:
     """The modules whose code has to infer the width of fewer heads."""
-    before = {s.name: s.units for s in find_structures(dense).structures}
-    return [
-        name.removeprefix(prefix)
-        for s in find_structures(model).structures
-        if s.units < before[s.name]
-        for name in s.reshaping
-    ]
+    now = {s.name: s.units for s in find_structures(model).structures}
+    return [name.removeprefix(prefix) for s in structures if now[s.name] < s.units for name in s.reshaping]
 
 
 def _class_source(name: str) -> str:
@@ -101,7 +98,9 @@ def find_auto_classes(model: PreTrainedModel) -> dict[str, str]:
     return found if own.__name__ in found.values() else {}
 
 
-def _attributes(model: nn.Module, dense: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:
+def _attributes(
+    model: nn.Module, dense: nn.Module, structures: Sequence[Structure], prefix: str
+) -> dict[str, dict[str, Any]]:
     """For each module the attributes that differ from the dense model's."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -109,7 +108,7 @@ def _attributes(model: nn.Module, dense: nn.Module, prefix: str) -> dict[str, di
         for attribute, value in sizes_of(module).items():
             if value != other[attribute]:
                 found.setdefault(name.removeprefix(prefix), {})[attribute] = value
-    for structure in find_structures(model).structures:
+    for structure in structures:
         for count in structure.counts:
             value = get_count(model, count)
             if value != get_count(dense, count):

@@ -27,6 +27,7 @@ class Reads:
         names: Attributes that are read; None if the source cannot be had, so that any may be.
         config: Fields of `self.config` that are read.
         used: Of `names` those that are used otherwise than as the new shape of a result.
+        replaced: Attributes that are set.
         calls: Names of the methods and functions that are called.
         arguments: Names of the parameters of `forward`.
         input_width: How the code writes the width of an input, if it gives that width to results.
@@ -35,6 +36,7 @@ class Reads:
     names: frozenset[str] | None
     config: frozenset[str]
     used: frozenset[str]
+    replaced: frozenset[str]
     calls: frozenset[str]
     arguments: tuple[str, ...]
     input_width: str | None
@@ -59,6 +61,7 @@ def _find_reads(kind: Any) -> Reads:
     config: set[str] = set()
     used: set[str] = set()
     calls: set[str] = set()
+    replaced: set[str] = set()
     width: str | None = None
     for base in kind.__mro__:
         if base is object or base.__module__.startswith(_GENERAL):
@@ -78,6 +81,11 @@ def _find_reads(kind: Any) -> Reads:
                     names.add(name)
                 if not _shapes_a_result(function, chain):
                     used.add(name)
+            replaced |= {
+                node.attr
+                for node in ast.walk(function)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            }
             calls |= {
                 node.func.attr
                 for node in ast.walk(function)
@@ -87,7 +95,7 @@ def _find_reads(kind: Any) -> Reads:
                 width = find_width(function)
     arguments = tuple(inspect.signature(kind.forward).parameters)
     read = None if names is None else frozenset(names)
-    return Reads(read, frozenset(config), frozenset(used), frozenset(calls), arguments, width)
+    return Reads(read, frozenset(config), frozenset(used), frozenset(replaced), frozenset(calls), arguments, width)
 
 
 def _self_reads(function: ast.FunctionDef) -> Iterator[tuple[str, list[ast.AST]]]:

@@ -138,6 +138,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "clvp": {"text_config.hidden_size": 2 * HIDDEN, "speech_config.hidden_size": 2 * HIDDEN},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "codegen": {"n_head": 8, "rotary_dim": 8},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -207,5 +208,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
     "zoedepth": {"bottleneck_features": HIDDEN},
+    "squeezebert": {"num_attention_heads": 8},
 }
 """What a type needs beyond the rules: dotted field name -> value."""

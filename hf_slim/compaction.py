@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,7 +79,8 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
     Args:
         structures: The structures of the masks.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
-        multiple: Multiple for the number of intermediate channels; heads are not rounded.
+        multiple: Multiple for the number of intermediate channels; heads are not rounded. That of stacked experts is
+            a multiple of their own as well.
 
     Returns:
         New masks, that keep the first of the dropped units in addition.
@@ -88,7 +90,7 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
         mask = masks[structure.name].clone()
         number = max(1, int(mask.sum()))
         if structure.kind == "ffn":
-            number = round_up(number, multiple, structure.units)
+            number = round_up(number, math.lcm(multiple, structure.multiple), structure.units)
         spare = (~mask).nonzero().flatten()
         mask[spare[: number - int(mask.sum())]] = True
         rounded[structure.name] = mask

@@ -70,7 +70,9 @@ def read_ffn(path: str, module: nn.Module, layout: FfnLayout) -> Structure:
             f"its code calls {', '.join(sorted(reductions))}, so that channels may depend on one another"
         )
     counts += _read_attributes(path, module, width, units, second.outputs)
-    return Structure(join(path, layout.second), "ffn", units, tuple(members), tuple(counts))
+    # The grouped matrix product of stacked experts asks for rows of a multiple of 16 bytes.
+    multiple = 16 // module.get_parameter(second.weight).element_size() if second.bias_dim == 1 else 1
+    return Structure(join(path, layout.second), "ffn", units, tuple(members), tuple(counts), multiple=multiple)
 
 
 def _read_layers(module: nn.Module, layout: FfnLayout) -> tuple[list[Layer], Layer]:

@@ -71,6 +71,7 @@ class Structure:
         members: The tensors that it touches.
         counts: The module attributes that count its units.
         reshaping: Dotted names of the modules whose code has to infer the width of the heads' outputs.
+        multiple: The number of units has to be a multiple of this, where units are removed at all.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Structure:
     members: tuple[Member, ...]
     counts: tuple[Count, ...] = ()
     reshaping: tuple[str, ...] = ()
+    multiple: int = 1
 
     @property
     def outputs(self) -> tuple[Member, ...]:

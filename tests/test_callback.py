@@ -299,11 +299,10 @@ def test_bad_settings_are_refused_before_training(make, settings, message, tmp_p
 
 
 def test_nothing_to_slim_is_refused_before_training(tmp_path):
-    config = transformers.Qwen3Config(
-        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-    )
-    trainer = make_trainer(transformers.Qwen3ForCausalLM(config), tmp_path)
-    with pytest.raises(ValueError, match=r"no attention module that can be slimmed. Skipped:\n.*q_norm.weight"):
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.DiffLlamaConfig(vocab_size=99, intermediate_size=64, **fields)
+    trainer = make_trainer(transformers.DiffLlamaForCausalLM(config), tmp_path)
+    with pytest.raises(ValueError, match=r"no attention module that can be slimmed. Skipped:\n.*lambda_q1"):
         trainer.train()
 
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import build, half_masks, logits, make_batch
+import transformers
+from conftest import STACK, build, half_masks, logits, make_batch
 
+from hf_slim import model_slim
 from hf_slim.compaction import compact_model, resize_structures, round_masks
 from hf_slim.discovery import find_structures
 from hf_slim.masking import find_zero_units, zero_units
@@ -139,3 +141,23 @@ def test_growing_is_refused():
     structures = find_structures(model).structures
     with pytest.raises(ValueError, match="has 4 units, so it cannot be given 5"):
         resize_structures(model, structures, {s.name: s.units + 1 for s in structures})
+
+
+def test_stacked_experts_keep_rows_of_16_bytes():
+    """The grouped matrix product takes no others."""
+    config = transformers.MixtralConfig(
+        vocab_size=99, **{**STACK, "num_key_value_heads": 4}, num_local_experts=4, num_experts_per_tok=2
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    structures = find_structures(model).of_kind("ffn")
+    assert [(s.name, s.units, s.multiple) for s in structures] == [
+        ("model.layers.0.mlp.experts.down_proj", 64, 4),
+        ("model.layers.1.mlp.experts.down_proj", 64, 4),
+    ]
+    zero_units(model, structures, {s.name: torch.arange(s.units) < 39 for s in structures})
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        slim = model_slim(model, 1)
+        assert [s.units for s in find_structures(slim).of_kind("ffn")] == [40, 40]
+        torch.testing.assert_close(slim(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -252,16 +252,16 @@ def test_a_name_that_no_class_has_is_refused_by_every_class(tmp_path):
 
 
 def test_channels_as_many_as_the_hidden_size(tmp_path):
-    """DeBERTa's attention has no layout yet; its networks end with the width that its other layers have."""
+    """One network ends with as many channels as its hidden states have, the other does not."""
     fields = {"pos_att_type": ["c2p", "p2c"], "relative_attention": True}
     config = transformers.DebertaV2Config(vocab_size=99, **STACK, **fields)
     model = transformers.DebertaV2ForSequenceClassification(config).eval()
-    structures = find_structures(model).structures
+    structures = find_structures(model).of_kind("ffn")
     masks = {s.name: torch.arange(s.units) < size for s, size in zip(structures, (32, 48), strict=True)}
     zero_units(model, structures, masks)
     save_slimmed(model_slim(model, 16), tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert [s.units for s in find_structures(loaded).structures] == [32, 48]
+    assert [s.units for s in find_structures(loaded).of_kind("ffn")] == [32, 48]
 
 
 def test_two_models_with_one_config_are_refused():

@@ -19,7 +19,7 @@ LEFT_ALONE = {
 """The kinds that are not slimmed: a part of the reason."""
 SOME_LEFT_ALONE = {
     ("bigbird_pegasus", "mha"): "replaces self by a new module",
-    ("siglip", "mha"): "MultiheadAttention has no known layout",
+    ("siglip", "mha"): "AttentionPoolingHead has no known layout",
 }
 """The kinds of which some modules are not slimmed: a part of the reason for those."""
 

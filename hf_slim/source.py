@@ -68,8 +68,8 @@ def _find_reads(kind: Any) -> Reads:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):
-            names = None
+        except (OSError, TypeError):  # a class made at run time, around another one or with code of its own
+            names = None if "forward" in vars(base) else names
             continue
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef) or function.name in _BUILDING:

@@ -165,6 +165,7 @@ def _generalize(reason: str) -> str:
 
 
 def _escape(text: str) -> str:
+    text = re.sub(r" from '[^']*'", "", text)  # where transformers is installed
     return text.replace("|", "\\|")
 
 

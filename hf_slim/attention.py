@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .attributes import get_field
-from .layers import Layer, find_child, find_layer, find_tensor, join
+from .layers import Layer, find_child, find_layer, find_tensor, join, tensors_outside
 from .layouts import (
     FIXED,
     GROUP_SIZES,
@@ -46,6 +46,11 @@ class _Heads:
     units: int
     copies: int
     width: int
+
+    @property
+    def size(self) -> int:
+        """The width of one head's output."""
+        return self.width // self.queries
 
     @property
     def shared(self) -> bool:
@@ -118,8 +123,8 @@ def read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
         known |= {join(prefix, name) for name in FIXED}
     paths = (output_path, *layers)
     roots = tuple(f"{name.partition('.')[0]}." for name in paths) if all("." in name for name in paths) else ("",)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name.startswith(roots) and not _is_known(name, known):
+    for name, tensor in tensors_outside(module, known):
+        if name.startswith(roots):
             raise UnaccountedError(
                 f"{name} of shape {tuple(tensor.shape)} may depend on the {heads.units} heads, and no layout says how"
             )
@@ -135,10 +140,6 @@ def read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
         )
     )
     return Structure(join(path, output_path), "mha", heads.units, tuple(members), tuple(counts), reshaping)
-
-
-def _is_known(name: str, known: Iterable[str]) -> bool:
-    return any(name == inside or name.startswith((f"{inside}.", f"{inside}_bias")) for inside in known)
 
 
 def _output_path(module: nn.Module, layout: MhaLayout) -> str | None:
@@ -246,7 +247,7 @@ def _read_norms(
                     raise UnaccountedError(f"{full}.{leaf} of shape {tuple(tensor.shape)} is not for each head")
                 if size > 1:
                     yield Member(join(path, full, leaf), 0, spread(heads.units, size, heads.copies), "extra")
-            elif _is_whole(module, full, size, heads):
+            elif heads.units > 1 and heads.size < size and size in (heads.width, heads.keys * heads.size):
                 epsilon = find_epsilon(norm)
                 if epsilon is None:
                     raise UnaccountedError(
@@ -256,14 +257,6 @@ def _read_norms(
                 member, count = fold_norm(join(path, full), norm, epsilon, heads.units)
                 counts.append(count)
                 yield member
-
-
-def _is_whole(module: nn.Module, name: str, size: int, heads: _Heads) -> bool:
-    """Whether a norm's weight spans all heads; that of one shared key head spans only what stays."""
-    size_of_head = heads.width // heads.queries
-    return (
-        heads.units > 1 and size in (heads.queries * size_of_head, heads.keys * size_of_head) and size > size_of_head
-    )
 
 
 def _read_attributes(path: str, module: nn.Module, heads: _Heads) -> Iterator[Count]:
@@ -284,7 +277,6 @@ def _read_attributes(path: str, module: nn.Module, heads: _Heads) -> Iterator[Co
 def _count(path: str, name: str, value: int, heads: _Heads, reads: Reads, *, is_read: bool) -> Count | None:
     """How an attribute depends on the number of units, if it does."""
     field = name.removeprefix("config.")
-    size = heads.width // heads.queries
     for names, total in (
         (QUERY_HEAD_COUNTS, heads.queries),
         (KEY_VALUE_HEAD_COUNTS, heads.keys),
@@ -296,14 +288,14 @@ def _count(path: str, name: str, value: int, heads: _Heads, reads: Reads, *, is_
                 raise UnaccountedError(f"its attribute {name} is {value}, but the weights say {total}")
             stays = names is KEY_VALUE_HEAD_COUNTS if heads.shared else names is GROUP_SIZES
             return None if stays or value != total else Count(path, name, total // heads.units)
-    if not is_read or not _ABOUT_HEADS.search(name) or (field in HEAD_SIZES and value == size):
+    if not is_read or not _ABOUT_HEADS.search(name) or (field in HEAD_SIZES and value == heads.size):
         return None
-    keys = heads.keys * size
+    keys = heads.keys * heads.size
     if heads.shared and value == keys:
         return None
     if reads.input_width is not None and value == heads.width and name in reads.used:
         return None  # the code compares the width of its input with it
-    if value in (heads.width, keys, heads.width + 2 * keys, 3 * heads.width) and value > size:
+    if value in (heads.width, keys, heads.width + 2 * keys, 3 * heads.width) and value > heads.size:
         if name in reads.used or name not in (reads.names or ()) or (heads.shared and value != heads.width):
             raise UnaccountedError(
                 f"its code reads {name} = {value}, which may be a width of its {heads.queries} heads"

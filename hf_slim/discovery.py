@@ -183,20 +183,7 @@ def _join_by_tables(model: nn.Module, structures: list[Structure], skipped: list
 
     Attention that is given a bias for each head, but has no such table, is skipped.
     """
-    owned = {member.tensor for s in structures for member in s.members}
-    tables: dict[str, list[Member]] = {}
-    counts: dict[str, list[Count]] = {}
-    for path, module in model.named_modules():
-        for name, dim in SHARED_TABLES.items():
-            tensor = find_tensor(module, name)
-            full = join(path, name)
-            if tensor is not None and full not in owned:
-                tables.setdefault(path, []).append(Member(full, dim, blocks(tensor.shape[dim], 1), "extra"))
-                maker = join(path, name).rpartition(".")[0]
-                for owner in {path, maker}:
-                    for attribute, value in model.get_submodule(owner).__dict__.items():
-                        if attribute in QUERY_HEAD_COUNTS and value == tensor.shape[dim]:
-                            counts.setdefault(path, []).append(Count(owner, attribute, 1))
+    tables, counts = _find_tables(model, {member.tensor for s in structures for member in s.members})
     rest: list[Structure] = []
     groups: dict[str, list[Structure]] = {path: [] for path in tables}
     for structure in structures:
@@ -226,6 +213,24 @@ def _join_by_tables(model: nn.Module, structures: list[Structure], skipped: list
                 Skipped(name, "mha", f"the table {tables[path][0].tensor} has not one position for each of its heads")
             )
     return rest
+
+
+def _find_tables(model: nn.Module, owned: set[str]) -> tuple[dict[str, list[Member]], dict[str, list[Count]]]:
+    """The shared tables that belong to no attention module, and the attributes beside them that count heads."""
+    tables: dict[str, list[Member]] = {}
+    counts: dict[str, list[Count]] = {}
+    for path, module in model.named_modules():
+        for name, dim in SHARED_TABLES.items():
+            tensor, full = find_tensor(module, name), join(path, name)
+            if tensor is None or full in owned:
+                continue
+            heads = tensor.shape[dim]
+            tables.setdefault(path, []).append(Member(full, dim, blocks(heads, 1), "extra"))
+            for owner in dict.fromkeys((path, full.rpartition(".")[0])):
+                values = model.get_submodule(owner).__dict__
+                known = counts.setdefault(path, [])
+                known += [Count(owner, key, 1) for key in QUERY_HEAD_COUNTS if values.get(key) == heads]
+    return tables, counts
 
 
 def _is_inside(name: str, path: str) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .attributes import get_field
-from .layers import Layer, find_child, find_layer, join
+from .layers import Layer, find_child, find_layer, join, tensors_outside
 from .layouts import CHANNEL_COUNTS, FfnLayout
 from .norms import find_epsilon, fold_norm
 from .source import find_reads
@@ -22,7 +22,7 @@ def matches_ffn(module: nn.Module, layout: FfnLayout) -> bool:
     """Whether a module has the children of a layout."""
     if any(find_layer(module, name) is None for name in (*layout.first, layout.second)):
         return False
-    return not layout.alone or not list(_tensors_outside(module, (*layout.first, layout.second)))
+    return not layout.alone or not list(tensors_outside(module, (*layout.first, layout.second)))
 
 
 def read_ffn(path: str, module: nn.Module, layout: FfnLayout) -> Structure:
@@ -64,7 +64,7 @@ def read_ffn(path: str, module: nn.Module, layout: FfnLayout) -> Structure:
                 "layout says how"
             )
     reductions = find_reads(type(module)).calls & _REDUCTIONS
-    others = _tensors_outside(module, (*layout.first, layout.second, *layout.between))
+    others = tensors_outside(module, (*layout.first, layout.second, *layout.between))
     if reductions and all(tensor.dim() < 2 for _, tensor in others):  # else they may be those of other parts
         raise UnaccountedError(
             f"its code calls {', '.join(sorted(reductions))}, so that channels may depend on one another"
@@ -144,17 +144,10 @@ def _read_attributes(path: str, module: nn.Module, width: int, units: int, hidde
             yield Count(path, f"config.{name}", width // units)
 
 
-def _tensors_outside(module: nn.Module, explained: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and buffers of a module that belong to none of the paths explained."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not any(name == known or name.startswith((f"{known}.", f"{known}_bias")) for known in explained):
-            yield name, tensor
-
-
 def _tensors_near(module: nn.Module, layout: FfnLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that may lie between the two layers: beside them, but not inside other modules such as attention."""
     explained = (*layout.first, layout.second, *layout.between)
     roots = {name.partition(".")[0] for name in explained}
-    for name, tensor in _tensors_outside(module, explained):
+    for name, tensor in tensors_outside(module, explained):
         if name.count(".") < 2 or name.partition(".")[0] in roots or name.startswith(explained):
             yield name, tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,22 @@ def find_tensor(module: nn.Module, path: str) -> torch.Tensor | None:
         return None
     tensor = parent._parameters.get(leaf)
     return parent._buffers.get(leaf) if tensor is None else tensor
+
+
+def tensors_outside(module: nn.Module, explained: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Find the tensors of a module that nothing explains.
+
+    Args:
+        module: Any module.
+        explained: Paths of children, and of parameters; the bias of a stacked parameter goes with it.
+
+    Yields:
+        Names and tensors of the parameters and buffers that belong to none of the paths.
+    """
+    inside = tuple(text for name in explained for text in (f"{name}.", f"{name}_bias"))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in explained and not name.startswith(inside):
+            yield name, tensor
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:

@@ -82,7 +82,6 @@ FFN_LAYOUTS = (
     FfnLayout(("linear_1",), "linear_2"),
     FfnLayout(("linear_fc1",), "linear_fc2"),
     FfnLayout(("dense1",), "dense2", between=("dwconv",)),
-    FfnLayout(("dense1",), "dense2", between=("depthwise_convolution",)),
     FfnLayout(("layer_1",), "layer_2"),
     FfnLayout(("ffw_layer_1",), "ffw_layer_2"),
     FfnLayout(("conv1",), "conv2", alone=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .attributes import get_count
 from .compaction import resize_structures
 from .discovery import find_structures
 from .layouts import CONFIG_CHANNELS, CONFIG_HEADS
-from .structures import Structure
+from .structures import Structure, get_tensor
 
 RECORD_KEY = "slim"
 RECORD_VERSION = 1
@@ -39,21 +40,19 @@ def set_shape_record(model: PreTrainedModel) -> None:
     """
     config = model.config
     config.__dict__.pop(RECORD_KEY, None)
-    structures = find_structures(model).structures
-    if _has_shape_of(model, config):
+    # Those of the dense model: sizes of the slim one may coincide, so that less can be told apart in it.
+    structures = find_structures(build_dense(model)).structures
+    if _has_shape_of(model, config, structures):
         return
-    stock = _express(config, model, structures)
-    if stock is not None and _has_shape_of(model, stock):
+    units = {relative_name(model, s): _count_left(model, s) for s in structures}
+    stock = _express(config, model, structures, units)
+    if stock is not None and _has_shape_of(model, stock, structures):
         for name in (*CONFIG_CHANNELS, *CONFIG_HEADS):
             if name in stock.__dict__:
                 setattr(config, name, getattr(stock, name))
         return
-    setattr(
-        config,
-        RECORD_KEY,
-        {"version": RECORD_VERSION, "units": {relative_name(model, s): s.units for s in structures}},
-    )
-    if not _has_shape_of(model, config, only_structures=True):
+    setattr(config, RECORD_KEY, {"version": RECORD_VERSION, "units": units})
+    if not _has_shape_of(model, config, structures, only_structures=True):
         raise ValueError(
             f"The shape of {type(model).__name__} cannot be recorded: a model built from its config and the record "
             "has another one. Two models inside it may share one config. Slim and save each of them by itself."
@@ -217,28 +216,33 @@ def _forget_remote_code(model: PreTrainedModel) -> None:
             del model.config.auto_map
 
 
+def _count_left(model: PreTrainedModel, structure: Structure) -> int:
+    """How many units of one of the dense model's structures a slim model has."""
+    output = structure.outputs[0]
+    return get_tensor(model, output.tensor).shape[output.dim] // output.index.shape[1]
+
+
 def _express(
-    config: PreTrainedConfig, model: PreTrainedModel, structures: tuple[Structure, ...]
+    config: PreTrainedConfig, model: PreTrainedModel, structures: tuple[Structure, ...], units: Mapping[str, int]
 ) -> PreTrainedConfig | None:
     """A config whose own fields say the sizes, if each field's structures are uniform; not yet checked."""
     stock = copy.deepcopy(config)
-    dense = {relative_name(model, s): s.units for s in find_structures(build_dense(model)).structures}
     for fields, kind in ((CONFIG_CHANNELS, "ffn"), (CONFIG_HEADS, "mha")):
         for field in fields:
             value = config.__dict__.get(field)
             if not isinstance(value, int):
                 continue
-            ratios = {(s.units, dense.get(relative_name(model, s))) for s in _governed(field, kind, model, structures)}
+            ratios = {(units[relative_name(model, s)], s.units) for s in _governed(field, kind, model, structures)}
             if not ratios:
                 continue
             if len(ratios) > 1:
                 return None
             ((now, before),) = ratios
-            if before is None or value * now % before:
+            if value * now % before:
                 return None
             setattr(stock, field, value * now // before)
     if "n_inner" in config.__dict__ and config.n_inner is None:
-        widths = {s.units for s in structures if s.kind == "ffn"}
+        widths = {units[relative_name(model, s)] for s in structures if s.kind == "ffn"}
         if len(widths) != 1:
             return None
         stock.n_inner = widths.pop()
@@ -257,13 +261,18 @@ def _build(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
         return find_stock_class(model)(copy.deepcopy(config))
 
 
-def _has_shape_of(model: PreTrainedModel, config: PreTrainedConfig, *, only_structures: bool = False) -> bool:
+def _has_shape_of(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    structures: tuple[Structure, ...],
+    *,
+    only_structures: bool = False,
+) -> bool:
     """Whether the config builds a model with the same tensors and counting attributes (and maybe a head more)."""
     try:
         built = _build(model, config)
     except (ValueError, RuntimeError):
         return False
-    structures = find_structures(model).structures
     shapes, wanted = _shapes(built), _shapes(model)
     names = {m.tensor for s in structures for m in s.members} if only_structures else wanted.keys()
     if any(shapes.get(name) != wanted[name] for name in names):

@@ -44,12 +44,14 @@ def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | Non
     prefix = base_prefix(model)
     structures = find_structures(dense).structures
     shapes = {}
+    shrunk = set()
     for structure in structures:
         for member in structure.members:
             shape = tuple(get_tensor(model, member.tensor).shape)
             if shape != tuple(get_tensor(dense, member.tensor).shape):
                 shapes[member.tensor.removeprefix(prefix)] = shape
-    reshaping = _reshaping(model, structures, prefix)
+                shrunk.add(structure.name)
+    reshaping = [name.removeprefix(prefix) for s in structures if s.name in shrunk for name in s.reshaping]
     source = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         shapes=pprint.pformat(shapes, width=110, sort_dicts=False),
         attributes=pprint.pformat(_attributes(model, dense, structures, prefix), width=110, sort_dicts=False),
@@ -58,12 +60,6 @@ def make_remote_code(model: PreTrainedModel) -> tuple[str, dict[str, str]] | Non
         classes="\n\n\n".join(_class_source(name) for name in classes),
     )
     return source, auto_map
-
-
-def _reshaping(model: nn.Module, structures: Sequence[Structure], prefix: str) -> list[str]:
-    """The modules whose code has to infer the width of fewer heads."""
-    now = {s.name: s.units for s in find_structures(model).structures}
-    return [name.removeprefix(prefix) for s in structures if now[s.name] < s.units for name in s.reshaping]
 
 
 def _class_source(name: str) -> str:

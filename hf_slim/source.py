@@ -114,11 +114,13 @@ def _self_reads(function: ast.FunctionDef) -> Iterator[tuple[str, list[ast.AST]]
 def _shapes_a_result(function: ast.FunctionDef, chain: list[ast.AST]) -> bool:
     """Whether an expression stands in the new shape of something that is not an argument of the function."""
     inputs = arguments_of(function)
+    in_tuple = False
     for node in reversed(chain):
+        in_tuple = in_tuple or isinstance(node, ast.Tuple)
         if isinstance(node, (ast.Tuple, ast.Starred, ast.BinOp, ast.List)):
             continue
         if isinstance(node, ast.Call):
             shaping = isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING
             return shaping and root_of(node) not in inputs
-        return isinstance(node, ast.Assign) and isinstance(node.value, (ast.BinOp, ast.Tuple))
+        return in_tuple and isinstance(node, ast.Assign)
     return False

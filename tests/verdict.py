@@ -24,12 +24,8 @@ from hf_slim.discovery import find_structures
 from hf_slim.inputs import make_inputs
 from hf_slim.masking import zero_units
 from hf_slim.structures import Kind, Structure, get_tensor
-from hf_slim.verification import compute_outputs
+from hf_slim.verification import ABSOLUTE, TOLERANCES, VerificationError, compare_outputs, compute_outputs
 
-TOLERANCE = 1e-4
-"""Largest difference allowed between masked and slimmed outputs, relative to the largest output."""
-FLOOR = 0.1
-"""Outputs smaller than this are compared as if they were so large."""
 NEW_TOKENS = 5
 KINDS: tuple[Kind, ...] = ("ffn", "mha")
 GENERATING = (
@@ -77,7 +73,6 @@ class Verdict:
         reason: Why not.
         kinds: By kind of structure.
         unreached: Structures that no output depends on, with these inputs; about them the comparison says nothing.
-        difference: Largest difference between masked and slimmed, relative to the largest output.
         wrong: What the slimmed or the reloaded model computed otherwise than the masked one.
         error: What was raised by the library, and where.
         not_reloaded: Why the saved model was not compared.
@@ -91,7 +86,6 @@ class Verdict:
     reason: str = ""
     kinds: dict[str, KindVerdict] = field(default_factory=lambda: {kind: KindVerdict() for kind in KINDS})
     unreached: list[str] = field(default_factory=list)
-    difference: float = 0.0
     wrong: str = ""
     error: str = ""
     not_reloaded: str = ""
@@ -165,7 +159,7 @@ def _sweep_base(verdict: Verdict) -> None:
     verdict.unreached = [s.name for s in structures if not _reaches(model, s, masks[s.name], inputs, dense)]
     slim = _mask_and_slim(model, found.structures, masks)
     expected = _run(model, inputs)
-    verdict.difference = _compare("slimmed", expected, _run(slim, inputs))
+    _compare("slimmed", expected, _run(slim, inputs))
     _check_reload(verdict, slim, auto_class, inputs, expected)
 
 
@@ -245,7 +239,9 @@ def _sweep_generation(verdict: Verdict) -> None:
         _compare("generated", {f"scores {step}": wanted}, {f"scores {step}": got})
         if not torch.equal(tokens[:, step], slim_tokens[:, step]):
             best = wanted.topk(2).values
-            if float((best[:, 0] - best[:, 1]).min()) > 2 * TOLERANCE * float(wanted.abs().max() + FLOOR):
+            if float((best[:, 0] - best[:, 1]).min()) > 2 * TOLERANCES[torch.float32] * float(
+                wanted.abs().max() + ABSOLUTE
+            ):
                 raise WrongError(f"generated: token {step} is another one")
             break
     verdict.generation = f"compared with {auto_class}"
@@ -301,26 +297,12 @@ def _run(model: PreTrainedModel, inputs: Any) -> Outputs:
         return compute_outputs(model, inputs)
 
 
-def _compare(what: str, expected: Outputs, actual: Outputs) -> float:
-    """The largest difference, relative to the largest output; wrong if it is more than rounding."""
-    largest = 0.0
-    for name, wanted in expected.items():
-        if "attentions" in name:  # has a row for each head
-            continue
-        got = actual.get(name)
-        if got is None or got.shape != wanted.shape:
-            raise WrongError(f"{what}: {name} has shape {None if got is None else tuple(got.shape)}")
-        if wanted.isnan().any():
-            raise WrongError(f"{what}: {name} of the masked model holds NaN, so that nothing can be compared")
-        finite = torch.isfinite(wanted)
-        if not torch.equal(finite, torch.isfinite(got)):
-            raise WrongError(f"{what}: {name} is infinite elsewhere")
-        wanted, got = (torch.cat([x[finite].double(), torch.zeros(1)]) for x in (wanted, got))
-        difference = float((wanted - got).abs().max() / (wanted.abs().max() + FLOOR))
-        if not difference <= TOLERANCE:
-            raise WrongError(f"{what}: {name} differs by {difference:.1e} of its largest value")
-        largest = max(largest, difference)
-    return largest
+def _compare(what: str, expected: Outputs, actual: Outputs) -> None:
+    """Wrong if outputs differ by more than rounding."""
+    try:
+        compare_outputs(expected, actual)
+    except VerificationError as error:
+        raise WrongError(f"{what}: {error}") from error
 
 
 @contextmanager

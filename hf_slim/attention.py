@@ -129,7 +129,7 @@ def read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
                 f"{name} of shape {tuple(tensor.shape)} may depend on the {heads.units} heads, and no layout says how"
             )
     for prefix in dict.fromkeys(("", owner_path)):
-        counts += _read_attributes(join(path, prefix), module.get_submodule(prefix), heads)
+        counts += _read_attributes(join(path, prefix), module.get_submodule(prefix), heads, layout.widths)
     if 1 < heads.keys < heads.queries:
         counts.append(Count(join(path, owner_path), _GROUPS_LEFT, 1))
     reshaping = tuple(
@@ -259,7 +259,7 @@ def _read_norms(
                 yield member
 
 
-def _read_attributes(path: str, module: nn.Module, heads: _Heads) -> Iterator[Count]:
+def _read_attributes(path: str, module: nn.Module, heads: _Heads, widths: tuple[str, ...]) -> Iterator[Count]:
     """The attributes that depend on the number of heads; one that the code reads and nothing explains is refused."""
     reads = find_reads(type(module))
     _refuse_code(module, reads)
@@ -269,6 +269,9 @@ def _read_attributes(path: str, module: nn.Module, heads: _Heads) -> Iterator[Co
         if type(value) is not int:
             continue
         is_read = name in fields or reads.names is None or name in reads.names
+        if name in widths and value == heads.width:
+            yield Count(path, name, heads.width // heads.units)
+            continue
         count = _count(path, name, value, heads, reads, is_read=is_read)
         if count is not None:
             yield count

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from .arguments import CriterionName
+from .sharding import find_local, sum_over_shards
 from .structures import Member, Structure, get_tensor
 
 SMOOTHING = 0.9
 """What remains of the earlier score at each optimizer step."""
 
 
-def score_units(model: nn.Module, structure: Structure, criterion: CriterionName) -> torch.Tensor:
-    """Score the units of a structure at one optimizer step.
+def score_structures(
+    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName
+) -> dict[str, torch.Tensor]:
+    """Score the units of structures at one optimizer step.
 
     `magnitude` is the mean |weight| and `snip_momentum` the mean |weight * gradient| over the unit's weights: the FFN2
     column of a channel; for a head the rows of query, key and value and the columns of the output projection, each
     averaged, then averaged together. `taylor` is |sum of weight * gradient| over the FFN2 or output-projection
     columns (Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650): how much the loss would
     change, to first order, without the unit.
+
+    Args:
+        model: The model that the structures were found in, with gradients except for `magnitude`. Where its tensors
+            are sharded, every process has to call this.
+        structures: Its structures.
+        criterion: `magnitude`, `snip_momentum` or `taylor`.
+
+    Returns:
+        For each structure's name a float32 tensor of shape `[units]`; larger is more important.
+    """
+    scored = {s.name: _scored_members(s, criterion) for s in structures}
+    places = dict.fromkeys((m.tensor, m.dim) for members in scored.values() for m in members)
+    sums = sum_over_shards(model, {place: _sum_products(model, *place, criterion) for place in places})
+    scores = {}
+    for name, members in scored.items():
+        parts = [sums[m.tensor, m.dim][m.index.to(sums[m.tensor, m.dim].device)].sum(1) for m in members]
+        if criterion == "taylor":
+            scores[name] = torch.stack(parts).sum(0).abs()
+        else:
+            sizes = [_weights_per_unit(model, m) for m in members]
+            scores[name] = torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).mean(0)
+    return scores
+
+
+def score_units(model: nn.Module, structure: Structure, criterion: CriterionName) -> torch.Tensor:
+    """Score the units of one structure; see `score_structures`.
 
     Args:
         model: The model that the structure was found in, with gradients except for `magnitude`.
@@ -29,10 +60,7 @@ def score_units(model: nn.Module, structure: Structure, criterion: CriterionName
     Returns:
         float32 tensor of shape `[units]`; larger is more important.
     """
-    if criterion == "taylor":
-        return torch.stack([_taylor(model, member) for member in structure.outputs]).sum(0).abs()
-    members = [m for m in structure.members if m.role == "output" or (structure.kind == "mha" and m.role == "input")]
-    return torch.stack([_mean_size(model, member, criterion) for member in members]).mean(0)
+    return score_structures(model, [structure], criterion)[structure.name]
 
 
 def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch.Tensor:
@@ -48,33 +76,27 @@ def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch
     return current if previous is None else previous.to(current.device).mul(SMOOTHING).add_(current)
 
 
-@torch.no_grad()
-def _taylor(model: nn.Module, member: Member) -> torch.Tensor:
-    weight = get_tensor(model, member.tensor)
-    if weight.grad is None:
-        return torch.zeros(len(member.index), device=weight.device)
-    product = torch.einsum(_per_position(weight, member.dim), weight.detach(), weight.grad)
-    return product.float()[member.index.to(weight.device)].sum(1)
+def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
+    whole_head = structure.kind == "mha" and criterion != "taylor"
+    return [m for m in structure.members if m.role == "output" or (whole_head and m.role == "input")]
 
 
 @torch.no_grad()
-def _mean_size(model: nn.Module, member: Member, criterion: CriterionName) -> torch.Tensor:
-    weight = get_tensor(model, member.tensor)
+def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionName) -> torch.Tensor:
+    """For each position along a dimension of this process's part of a weight the sum of what is scored."""
+    whole = get_tensor(model, name)
+    weight, _ = find_local(whole)
     if criterion == "magnitude":
-        total = weight.detach().abs().sum(dim=_others(weight, member.dim), dtype=torch.float32)
-    elif weight.grad is None:
-        return torch.zeros(len(member.index), device=weight.device)
-    else:
-        total = torch.einsum(_per_position(weight, member.dim), weight.detach().abs(), weight.grad.abs()).float()
-    return total[member.index.to(weight.device)].sum(1) / (
-        member.index.shape[1] * weight.numel() / weight.shape[member.dim]
-    )
-
-
-def _others(weight: torch.Tensor, dim: int) -> tuple[int, ...]:
-    return tuple(d for d in range(weight.dim()) if d != dim)
-
-
-def _per_position(weight: torch.Tensor, dim: int) -> str:
+        return weight.abs().sum(dim=[d for d in range(weight.dim()) if d != dim], dtype=torch.float32)
+    if whole.grad is None:
+        return torch.zeros(weight.shape[dim], device=weight.device)
+    gradient, _ = find_local(whole.grad)
+    if criterion == "snip_momentum":
+        weight, gradient = weight.abs(), gradient.abs()
     letters = "abcdefgh"[: weight.dim()]
-    return f"{letters},{letters}->{letters[dim]}"
+    return torch.einsum(f"{letters},{letters}->{letters[dim]}", weight, gradient).float()
+
+
+def _weights_per_unit(model: nn.Module, member: Member) -> float:
+    weight = get_tensor(model, member.tensor)
+    return member.index.shape[1] * weight.numel() / weight.shape[member.dim]

@@ -57,12 +57,14 @@ class MhaLayout:
         having: Name of an attribute or child that the module must have for the row to match.
         joint: Name of an attribute. Modules that have it share one attention bias with the same module in the other
             blocks of their stack, so that they lose the same heads.
+        widths: Names of attributes that hold the width of all query heads, where elsewhere they hold another size.
     """
 
     inputs: tuple[str | Fused, ...]
     outputs: tuple[str, ...]
     having: str | None = None
     joint: str | None = None
+    widths: tuple[str, ...] = ()
 
 
 FFN_LAYOUTS = (
@@ -137,6 +139,7 @@ MHA_LAYOUTS = (
     MhaLayout(("q", "k", "v"), ("o", "proj")),
     MhaLayout((Fused("query_key_value", by_unit=True),), ("dense",)),
     MhaLayout((Fused("qkv_proj", "qvk", copies=4),), ("out_proj",), having="embed_positions"),
+    MhaLayout((Fused("qkv_proj", "qvk", copies=4),), ("out_proj",), having="mp_num", widths=("embed_dim",)),
     MhaLayout((Fused("qkv_proj"),), ("o_proj",)),
     MhaLayout((Fused("qkv"),), ("proj", "projection")),
     MhaLayout((Fused("Wqkv"),), ("Wo", "out_proj")),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .structures import Masks, Member, Structure, get_tensor
+from .sharding import find_local, sum_over_shards
+from .structures import Masks, Structure, get_tensor
 
 Zeros = Sequence[tuple[str, int, torch.Tensor]]
 """Tensor names, dimensions and positions to be written with zeros."""
@@ -33,14 +34,17 @@ def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
 
     Returns:
-        For each tensor and dimension the positions, on the tensor's device.
+        For each tensor and dimension the positions in this process's part of it, on the tensor's device.
     """
-    return [
-        (name, dim, where.to(get_tensor(model, name).device))
-        for structure in structures
-        for (name, dim), where in structure.positions(~masks[structure.name]).items()
-        if len(where)
-    ]
+    zeros = []
+    for structure in structures:
+        for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            local, begin = find_local(get_tensor(model, name))
+            where = where - begin[dim]
+            where = where[(where >= 0) & (where < local.shape[dim])]
+            if len(where):
+                zeros.append((name, dim, where.to(local.device)))
+    return zeros
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def write_zeros(model: nn.Module, zeros: Zeros) -> None:
         zeros: Where.
     """
     for name, dim, where in zeros:
-        get_tensor(model, name).index_fill_(dim, where, 0)
+        find_local(get_tensor(model, name))[0].index_fill_(dim, where, 0)
 
 
 def find_zero_units(
@@ -72,15 +76,18 @@ def find_zero_units(
         Masks on the CPU: for each structure's name a boolean tensor of shape `[units]`, False for the units that are
         zero.
     """
+    asked = {s.name: s.members if whole else s.deciders for s in structures}
+    places = dict.fromkeys((m.tensor, m.dim) for members in asked.values() for m in members)
+    counts = sum_over_shards(model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places})
+    used = {place: (count > 0).cpu() for place, count in counts.items()}
     return {
-        s.name: torch.stack([_is_used(model, m) for m in (s.members if whole else s.deciders)]).any(0)
-        for s in structures
+        name: torch.stack([used[m.tensor, m.dim][m.index].any(1) for m in members]).any(0)
+        for name, members in asked.items()
     }
 
 
-@torch.no_grad()
-def _is_used(model: nn.Module, member: Member) -> torch.Tensor:
-    tensor = get_tensor(model, member.tensor)
-    others = [d for d in range(tensor.dim()) if d != member.dim]
-    used = (tensor != 0).any(dim=others) if others else tensor != 0
-    return used.cpu()[member.index].any(1)
+def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
+    local, _ = find_local(tensor)
+    others = [d for d in range(local.dim()) if d != dim]
+    return ((local != 0).any(dim=others) if others else local != 0).float()

@@ -3,6 +3,7 @@
 from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
 from .auto_slim import model_slim, parse_auto_slim_config
 from .callback import SlimTrainerCallback, install_log_hook
+from .checkpoints import install_resume_hook
 from .discovery import find_structures
 from .loading import install_hook
 from .report import SlimReport
@@ -28,3 +29,4 @@ __all__ = [
 
 install_hook()
 install_log_hook()
+install_resume_hook()

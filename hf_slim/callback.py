@@ -14,11 +14,9 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
 from .arguments import SlimConfig
-from .importance import score_units, smooth_scores
-from .masking import Zeros, find_zero_units, find_zeros, write_zeros
-from .plan import Plan, from_state, make_plans, to_state
-from .selection import select_units
-from .structures import total_units
+from .plan import from_state, to_state
+from .slimming import Settings, Slimming, check_saved
+from .strategy import refuse_strategy
 
 logger = logging.get_logger(__name__)
 
@@ -31,53 +29,54 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             or the list that `parse_auto_slim_config` returns.
 
     Attributes:
-        masks: After training has begun, for each structure's name a boolean tensor of shape `[units]`, True = keep.
+        slimming: The state of the training in progress or the last one; None before.
     """
 
     def __init__(self, config: SlimConfig | Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> None:
         """See the class."""
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
-        self._clear()
-
-    def _clear(self) -> None:
-        self.plans: list[Plan] = []
-        self.masks: dict[str, torch.Tensor] = {}
-        self._scores: dict[str, torch.Tensor] = {}
-        self._pending: dict[str, torch.Tensor] = {}
-        self._zeros: Zeros = []
-        self._events: list[int] = []
-        self._step = 0
-        self._settings: SlimConfig | list[dict[str, Any]] | None = None
+        self.slimming: Slimming | None = None
 
     @property
-    def settings(self) -> SlimConfig | list[dict[str, Any]] | None:
+    def masks(self) -> dict[str, torch.Tensor]:
+        """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training."""
+        return self.slimming.masks if self.slimming is not None else {}
+
+    @property
+    def settings(self) -> Settings | None:
         """The settings of the training in progress: those given, or those of the training arguments."""
-        return self._settings
+        return self.slimming.settings if self.slimming is not None else None
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer saves in `trainer_state.json`: settings, dropped units and smoothed scores."""
-        return {"args": {"config": to_state(self.config)}, "attributes": {"saved": self._to_saved()}}
+        """What the Trainer saves in `trainer_state.json`: settings, schedule, dropped units and smoothed scores."""
+        saved = self.slimming.to_state() if self.slimming is not None else None
+        return {"args": {"config": to_state(self.config)}, "attributes": {"saved": saved}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
-        self._clear()
-        self._settings = SlimConfig.from_arguments(args) if self.config is None else self.config
-        self.plans = make_plans(model, self._settings, state.max_steps)
-        if not self.plans:
+        self.slimming = None
+        refuse_strategy(model, args)
+        settings = SlimConfig.from_arguments(args) if self.config is None else self.config
+        saved = find_saved(state.stateful_callbacks) if state.global_step > 0 else None
+        if state.global_step > 0 and saved is None:
+            logger.warning(
+                f"The checkpoint of step {state.global_step} holds no slimming state: the schedule starts there, with "
+                "nothing dropped so far and fractions counted of the steps that remain."
+            )
+        begin = state.global_step if saved is None else 0
+        self.slimming = Slimming(model, settings, state.max_steps, begin=begin, saved=saved)
+        if not self.slimming.plans:
             warnings.warn(
                 "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
             )
-        self._events = [0] * len(self.plans)
-        for plan in self.plans:
-            self.masks.update(find_zero_units(model, plan.structures, whole=True))
-        if state.global_step > 0:
-            self._resume(state)
         state.stateful_callbacks[type(self).__name__] = self.state()
-        self._plan_zeros(model)
-        write_zeros(model, self._zeros)
+        if not self.slimming.has_reached_target:
+            _forget_best(state)
+            if args.metric_for_best_model is not None:
+                logger.info(f"The best model is sought from step {self.slimming.last_step} on, at the final sparsity.")
 
     def on_pre_optimizer_step(
         self,
@@ -89,13 +88,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Score the units from the gradients of this step."""
-        self._pending = {}
-        for plan, events in zip(self.plans, self._events, strict=True):
-            if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
-                for structure in plan.structures:
-                    self._pending[structure.name] = score_units(model, structure, plan.criterion)
-        if getattr(optimizer, "scaler", None) is None:
-            self._refuse_nonfinite(self._pending, state.global_step + 1)
+        may_be_skipped = getattr(optimizer, "scaler", None) is not None
+        self._running.score(model, state.global_step + 1, may_be_skipped=may_be_skipped)
 
     def on_optimizer_step(
         self,
@@ -107,33 +101,35 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Drop units if it is time, and write the zeros again that the optimizer may have moved."""
-        self._step = state.global_step + 1
-        if not getattr(optimizer, "step_was_skipped", False):
-            self._refuse_nonfinite(self._pending, self._step)
-            for name, scores in self._pending.items():
-                self._scores[name] = smooth_scores(self._scores.get(name), scores)
-        self._pending = {}
-        reached = self._has_reached_target()
-        due = [plan.schedule.events_until(self._step) for plan in self.plans]
-        if due != self._events:
-            for number, plan in enumerate(self.plans):
-                if due[number] > self._events[number] and self._select(model, plan):
-                    self._events[number] = due[number]
-            self._plan_zeros(model)
-        write_zeros(model, self._zeros)
-        if args.load_best_model_at_end and not reached and self._has_reached_target():
-            logger.info(f"The target sparsity is reached at step {self._step}; the best model is sought from here on.")
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        step = state.global_step + 1
+        if not self._running.has_reached_target:
+            _forget_best(state)
+            self._running.advance(model, optimizer, step, skipped=getattr(optimizer, "step_was_skipped", False))
+            if self._running.has_reached_target and args.metric_for_best_model is not None:
+                logger.info(f"The final sparsity is reached at step {step}; the best model is sought from here on.")
+        else:
+            self._running.advance(model, optimizer, step, skipped=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """No evaluation from before the final sparsity is a best one, or one that early stopping compares with."""
+        if not self._running.has_reached_target:
+            _forget_best(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """No checkpoint from before the final sparsity is the best one."""
+        if not self._running.has_reached_target:
+            _forget_best(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so if training ended before the schedule did."""
-        if not self._has_reached_target():
-            steps = max(plan.schedule.steps[-1] for plan in self.plans)
+        if not self._running.has_reached_target:
             logger.warning(
-                f"Training ended at step {state.global_step}, before the last pruning step, {steps}: the sparsities "
-                f"reached are {self.sparsities()}."
+                f"Training ended at step {state.global_step}, before the last pruning step, "
+                f"{self._running.last_step}: the sparsities reached are {self.sparsities()}."
             )
 
     def sparsities(self) -> dict[str, float]:
@@ -143,79 +139,37 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             `ffn2_sparsity` and `mha_sparsity`: the fractions of the units of the structures in the schedule that are
             dropped; 0 where none are scheduled.
         """
-        logs = {}
-        for kind, name in (("ffn", "ffn2_sparsity"), ("mha", "mha_sparsity")):
-            structures = [s for plan in self.plans if plan.kind == kind for s in plan.structures]
-            dropped = sum(int((~self.masks[s.name]).sum()) for s in structures)
-            logs[name] = dropped / total_units(structures) if structures else 0.0
-        return logs
+        return self._running.sparsities()
 
-    def _select(self, model: nn.Module, plan: Plan) -> bool:
-        """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
-        scores = self._scores
-        if plan.criterion == "magnitude":
-            scores = {s.name: score_units(model, s, plan.criterion) for s in plan.structures}
-            self._refuse_nonfinite(scores, self._step)
-        if any(s.name not in scores for s in plan.structures):
-            return False
-        self.masks.update(
-            select_units(
-                plan.structures,
-                scores,
-                self.masks,
-                plan.schedule.sparsity_at(self._step),
-                scope=plan.scope,
-                round_to=plan.round_to,
-                min_heads=plan.min_heads,
-            )
-        )
-        return True
+    @property
+    def _running(self) -> Slimming:
+        if self.slimming is None:
+            raise RuntimeError("SlimTrainerCallback is not in a training: it was added after training began.")
+        return self.slimming
 
-    def _has_reached_target(self) -> bool:
-        return all(events == len(plan.schedule.steps) for plan, events in zip(self.plans, self._events, strict=True))
 
-    def _plan_zeros(self, model: nn.Module) -> None:
-        self._zeros = find_zeros(model, [s for plan in self.plans for s in plan.structures], self.masks)
+def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a checkpoint holds of the callback.
 
-    def _refuse_nonfinite(self, scores: Mapping[str, torch.Tensor], step: int) -> None:
-        if not scores or torch.isfinite(torch.cat(list(scores.values()))).all():
-            return
-        bad = [name for name, values in scores.items() if not torch.isfinite(values).all()]
-        where = ", ".join(bad)
-        if len(bad) == len(scores):
-            where = f"all {len(bad)} structures (the Trainer's clipping spreads NaN from one gradient to every other)"
-        raise RuntimeError(
-            f"The importance scores are not finite at step {step}, in {where}: weights or gradients hold NaN or "
-            "infinity. Lower the learning rate, or look at the loss and the batch of this step."
-        )
+    Args:
+        callbacks: The field `stateful_callbacks` of the checkpoint's `trainer_state.json`.
 
-    def _to_saved(self) -> dict[str, Any]:
-        return {
-            "settings": to_state(self._settings),
-            "events": self._events,
-            "dropped": {name: (~mask).nonzero().flatten().tolist() for name, mask in self.masks.items()},
-            "scores": {name: scores.tolist() for name, scores in self._scores.items()},
-        }
+    Returns:
+        What `Slimming.to_state` gave; None if the run was not slimmed.
 
-    def _resume(self, state: TrainerState) -> None:
-        stored = (state.stateful_callbacks or {}).get(type(self).__name__)
-        saved = stored and stored["attributes"]["saved"]
-        if not saved or saved["settings"] is None:
-            logger.warning(
-                f"The checkpoint of step {state.global_step} holds no slimming state; the schedule goes on from there "
-                "with nothing dropped so far."
-            )
-            return
-        settings = to_state(self._settings)
-        if saved["settings"] != settings:
-            raise ValueError(
-                f"The checkpoint was made with other slim settings: {_difference(saved['settings'], settings)}. "
-                "Resume with the settings of the checkpoint, or start anew."
-            )
-        self._events = list(saved["events"])
-        for name, dropped in saved["dropped"].items():
-            self.masks[name][dropped] = False
-        self._scores = {name: torch.tensor(scores) for name, scores in saved["scores"].items()}
+    Raises:
+        ValueError: If it is not as it was written.
+    """
+    stored = (callbacks or {}).get(SlimTrainerCallback.__name__)
+    attributes = stored.get("attributes") if isinstance(stored, dict) else None
+    saved = attributes.get("saved") if isinstance(attributes, dict) else stored
+    if saved is not None:
+        check_saved(saved)
+    return saved
+
+
+def _forget_best(state: TrainerState) -> None:
+    state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
 
 def install_log_hook() -> None:
@@ -236,20 +190,15 @@ def install_log_hook() -> None:
         logs: dict[str, Any],
     ) -> TrainerControl:
         for callback in self.callbacks:
-            if isinstance(callback, SlimTrainerCallback) and callback.plans and "loss" in logs:
+            if (
+                isinstance(callback, SlimTrainerCallback)
+                and callback.slimming is not None
+                and callback.slimming.plans
+                and "loss" in logs
+            ):
                 logs.update(callback.sparsities())
                 state.log_history[-1].update(callback.sparsities())
         return original(self, args, state, control, logs)
 
     on_log.adds_sparsities = True  # type: ignore[attr-defined]
     CallbackHandler.on_log = on_log
-
-
-def _difference(stored: Any, given: Any) -> str:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        return ", ".join(
-            f"{name}={stored.get(name)!r} there, {given.get(name)!r} here"
-            for name in sorted({*stored, *given})
-            if stored.get(name) != given.get(name)
-        )
-    return f"{stored!r} there, {given!r} here"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -91,18 +94,51 @@ def apply_shape_record(model: PreTrainedModel) -> None:
 
 
 def install_hook() -> None:
-    """Make every transformers model apply the shape record of its config; once, however often it is called."""
+    """Make every transformers model apply the shape record of its config, and name a weight file that is damaged.
+
+    Once, however often it is called.
+    """
     original = PreTrainedModel.post_init
     if getattr(original, "applies_shape_record", False):
         return
+    load = PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(original)
     def post_init(self: PreTrainedModel) -> None:
         original(self)
         apply_shape_record(self)
 
+    @functools.wraps(load)
+    def from_pretrained(
+        cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> PreTrainedModel:
+        try:
+            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
+            names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
+            raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
+
     post_init.applies_shape_record = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def find_damaged_weights(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
+    """Find the safetensors files of a folder that are cut off or of another format, without reading the weights.
+
+    Args:
+        folder: The folder; nothing is found if there is none.
+
+    Yields:
+        The files, each with what is wrong with it.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            yield path, str(error)
 
 
 def relative_name(model: nn.Module, structure: Structure) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,15 +49,22 @@ def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
 
 
 @torch.no_grad()
-def write_zeros(model: nn.Module, zeros: Zeros) -> None:
+def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None) -> None:
     """Write the zeros that `find_zeros` worked out.
 
     Args:
         model: The model; changed in place.
         zeros: Where.
+        optimizer: The optimizer, if any. One that keeps weights of its own and puts them into the model for evaluation
+            (schedule-free: Defazio et al. 2024, arXiv:2405.15682) gets the zeros there, too.
     """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state = inner.state if callable(getattr(inner, "eval", None)) else {}
     for name, dim, where in zeros:
-        find_local(get_tensor(model, name))[0].index_fill_(dim, where, 0)
+        tensor = get_tensor(model, name)
+        for kept in (tensor, *state.get(tensor, {}).values()):
+            if isinstance(kept, torch.Tensor) and kept.shape == tensor.shape:
+                find_local(kept)[0].index_fill_(dim, where, 0)
 
 
 def find_zero_units(

@@ -49,13 +49,22 @@ class Plan:
     min_heads: int
 
 
-def make_plans(model: nn.Module, config: SlimConfig | Sequence[dict[str, Any]], max_steps: int) -> list[Plan]:
+def make_plans(
+    model: nn.Module,
+    config: SlimConfig | Sequence[dict[str, Any]],
+    max_steps: int,
+    *,
+    begin: int = 0,
+    steps: Sequence[Sequence[int]] | None = None,
+) -> list[Plan]:
     """Turn the settings into plans for one model and one training run, or refuse them.
 
     Args:
         model: The model to be trained.
         config: A `SlimConfig`, or the list that `parse_auto_slim_config` returned.
         max_steps: Optimizer steps of the training run.
+        begin: Optimizer steps done before slimming begins.
+        steps: The pruning steps of each plan, where an earlier part of this training has placed them.
 
     Returns:
         A plan for each kind with a target above 0; none if both are 0.
@@ -73,20 +82,20 @@ def make_plans(model: nn.Module, config: SlimConfig | Sequence[dict[str, Any]], 
                 structures = tuple(s for s in kept if s.kind == kind)
                 if not structures:
                     raise ValueError(f"slim_exclude={config.slim_exclude} leaves no {kind} structure to slim.")
-                plans.append(_make_plan(structures, config, sparsity, max_steps))
+                plans.append(_make_plan(structures, config, sparsity, max_steps, begin))
     else:
         for entry in config:
             settings, sparsity = _read_entry(entry)
             structures = find_entry_structures(found, entry)
             if sparsity and structures:
-                plans.append(_make_plan(structures, settings, sparsity, max_steps))
+                plans.append(_make_plan(structures, settings, sparsity, max_steps, begin))
     names = [s.name for plan in plans for s in plan.structures]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"op_names: {', '.join(twice)} is in more than one entry; name each layer once.")
     for plan in plans:
         _require_gradients(model, plan)
-    return plans
+    return plans if steps is None else _place_steps(plans, steps, max_steps)
 
 
 def to_state(config: SlimConfig | Sequence[dict[str, Any]] | None) -> Any:
@@ -99,7 +108,21 @@ def from_state(state: Any) -> SlimConfig | list[dict[str, Any]] | None:
     return SlimConfig(**state) if isinstance(state, dict) else state
 
 
-def _make_plan(structures: tuple[Structure, ...], config: SlimConfig, sparsity: float, max_steps: int) -> Plan:
+def _place_steps(plans: Sequence[Plan], steps: Sequence[Sequence[int]], max_steps: int) -> list[Plan]:
+    if len(steps) != len(plans) or any(placed[-1] > max_steps for placed in steps):
+        raise ValueError(
+            f"The checkpoint's pruning steps, {[list(placed) for placed in steps]}, do not fit {len(plans)} schedules "
+            f"in a training of {max_steps} steps: resume with the number of steps of the run, or more."
+        )
+    return [
+        replace(plan, schedule=replace(plan.schedule, steps=tuple(placed)))
+        for plan, placed in zip(plans, steps, strict=True)
+    ]
+
+
+def _make_plan(
+    structures: tuple[Structure, ...], config: SlimConfig, sparsity: float, max_steps: int, begin: int
+) -> Plan:
     schedule = make_schedule(
         start=config.slim_start,
         end=config.slim_end,
@@ -107,6 +130,7 @@ def _make_plan(structures: tuple[Structure, ...], config: SlimConfig, sparsity: 
         curve=config.slim_schedule,
         target=sparsity,
         max_steps=max_steps,
+        begin=begin,
     )
     check_reachable(
         structures, sparsity, scope=config.slim_scope, round_to=config.slim_round_to, min_heads=config.slim_min_heads

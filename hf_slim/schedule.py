@@ -80,7 +80,7 @@ def sparsity_at_event(curve: str, event: int, events: int, target: float) -> flo
 
 
 def make_schedule(
-    *, start: float, end: float, frequency: float, curve: str, target: float, max_steps: int
+    *, start: float, end: float, frequency: float, curve: str, target: float, max_steps: int, begin: int = 0
 ) -> Schedule:
     """Place the pruning steps in a training run.
 
@@ -88,12 +88,14 @@ def make_schedule(
     removes everything at `start`.
 
     Args:
-        start: First pruning step; 1 or more is a step, below 1 a fraction of `max_steps`.
+        start: First pruning step; 1 or more is a step, below 1 a fraction of the steps after `begin`.
         end: Last pruning step, likewise.
         frequency: Steps between two of them, likewise.
         curve: `exp`, `cubic`, `cos`, `linear` or `oneshot`.
         target: The sparsity to reach, a fraction.
         max_steps: Optimizer steps of the whole training.
+        begin: Optimizer steps that were done before slimming begins; what should have happened by then happens at
+            the next.
 
     Returns:
         The schedule.
@@ -101,8 +103,7 @@ def make_schedule(
     Raises:
         ValueError: If the first step is after the last, or the last beyond the end of training.
     """
-    first = max(1, _to_step(start, max_steps))
-    last = max(1, _to_step(end, max_steps))
+    first, last = (max(begin + 1, _to_step(value, begin, max_steps)) for value in (start, end))
     if first > last:
         raise ValueError(
             f"slim_start={start} is step {first} of {max_steps}, after slim_end={end}, which is step {last}: "
@@ -115,9 +116,9 @@ def make_schedule(
         )
     if curve == "oneshot":
         return Schedule((first,), target, curve)
-    every = max(1, _to_step(frequency, max_steps))
+    every = max(1, _to_step(frequency, 0, max_steps - begin))
     return Schedule((*range(first, last, every), last), target, curve)
 
 
-def _to_step(value: float, max_steps: int) -> int:
-    return int(value) if value >= 1 else round(value * max_steps)
+def _to_step(value: float, begin: int, max_steps: int) -> int:
+    return int(value) if value >= 1 else begin + round(value * (max_steps - begin))

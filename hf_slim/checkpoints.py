@@ -1,0 +1,110 @@
+"""The checkpoint that a training resumes from: the last whole one, and whether its files are whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from .callback import SlimTrainerCallback, find_saved
+from .loading import find_damaged_weights
+
+logger = logging.get_logger(__name__)
+
+
+def find_whole_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str:
+    """The last checkpoint of a training that was written to its end.
+
+    The Trainer writes `trainer_state.json` last. A checkpoint without it, or with a part of it, is what a process
+    leaves behind that is killed while it saves.
+
+    Args:
+        output_dir: The folder of the training.
+        processes: How many processes train, each of which writes the state of its random numbers.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    found.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    for path in found:
+        if not _is_cut_off(path, processes):
+            if path is not found[0]:
+                logger.warning(f"{found[0]} was not written to its end, so training resumes from {path}.")
+            return str(path)
+    why = f": {found[0] / TRAINER_STATE_NAME} is missing or cut off" if found else ""
+    raise ValueError(f"No valid checkpoint found in output directory ({output_dir}){why}. Train from the start.")
+
+
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint with a damaged file. Weights and states are not read, only whether they are whole.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: If a file is cut off or not of its format; the message names it.
+    """
+    for path, problem in _find_damaged(Path(folder)):
+        raise ValueError(f"{path} is damaged: {problem}. Resume from another checkpoint, or delete this one.")
+
+
+def install_resume_hook() -> None:
+    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only; once, however often called."""
+    original = Trainer.train
+    if getattr(original, "resumes_from_whole_checkpoints", False):
+        return
+
+    @functools.wraps(original)
+    def train(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(callback, SlimTrainerCallback) for callback in self.callback_handler.callbacks):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = find_whole_checkpoint(self.args.output_dir, self.args.world_size)
+            if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
+                check_checkpoint(resume_from_checkpoint)
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    train.resumes_from_whole_checkpoints = True  # type: ignore[attr-defined]
+    Trainer.train = train
+
+
+def _is_cut_off(folder: Path, processes: int) -> bool:
+    state = folder / TRAINER_STATE_NAME
+    if not state.is_file() or state.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] != ["}"]:
+        return True
+    if processes == 1 or not (folder / "optimizer.pt").exists():
+        return False
+    return not all(zipfile.is_zipfile(folder / f"rng_state_{rank}.pth") for rank in range(processes))
+
+
+def _find_damaged(folder: Path) -> Iterator[tuple[Path, str]]:
+    state = folder / TRAINER_STATE_NAME
+    if state.is_file():
+        try:
+            find_saved(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks"))
+        except (ValueError, AttributeError) as error:
+            yield state, str(error)
+    yield from find_damaged_weights(folder)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            yield index, repr(error)
+            continue
+        for name in sorted(shards):
+            if not (folder / name).is_file():
+                yield index, f"it names {name}, which is not there"
+    for path in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        if not zipfile.is_zipfile(path):
+            yield path, "it is cut off, or not a file of torch.save"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,24 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel, Trainer
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
 from .arguments import SlimConfig
 from .auto_slim import model_slim
 from .callback import SlimTrainerCallback
 from .discovery import find_structures, require_structures
+from .folders import check_folder, replacing
+from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
 from .loading import RECORD_KEY, REMOTE_MODULE, find_stock_class
 from .model_card import make_model_card
 from .remote_code import make_remote_code
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
+from .slimming import Slimming
+from .strategy import refuse_strategy
 from .verification import VerificationError, compare_outputs, compute_outputs
 
 logger = logging.get_logger(__name__)
-
-_WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def save_slimmed(
@@ -41,13 +41,16 @@ def save_slimmed(
     push_to_hub: bool = False,
     repo_id: str | None = None,
     inplace: bool = False,
+    max_shard_size: int | str | None = None,
     **hub_kwargs: Any,
 ) -> SlimReport:
     """Remove the zero units of a model physically and save it as `save_pretrained` would.
 
     The folder gets the weights, the config with the new shape, the tokenizer or processor, a model card and, where the
-    config cannot express the shape, a small remote-code file. It is written beside `output_dir` and moved into place;
-    other files that are in `output_dir` stay there.
+    config cannot express the shape, a small remote-code file. It is written beside `output_dir` and takes its place
+    when all is written, so that at every moment the previous folder is there whole, or the new one; other files that
+    are in `output_dir` stay there. With several processes the first one writes; a sharded model is put together there,
+    so every process has to call this.
 
     Args:
         trainer_or_model: The `Trainer` after training, or any model with zero units.
@@ -59,6 +62,7 @@ def save_slimmed(
         push_to_hub: Upload the folder.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
         inplace: Leave the caller's model slimmed, too; else it stays as it was.
+        max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
             `push_to_hub` of transformers.
 
@@ -67,7 +71,8 @@ def save_slimmed(
 
     Raises:
         ValueError: If the model has nothing to slim, or no input can be made for it.
-        OSError: If `output_dir` is a file or cannot be written.
+        OSError: If `output_dir` is a file or cannot be written; what was there before is unchanged.
+        RuntimeError: If the upload fails; the folder is there.
         VerificationError: If the slimmed model computes something else; nothing is written.
     """
     trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None
@@ -75,10 +80,37 @@ def save_slimmed(
     if hub_kwargs and not push_to_hub:
         raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
     _refuse_unknown_keywords(hub_kwargs)
-    target = _check_folder(output_dir)
-    structures = require_structures(model, find_structures(model))
+    target = check_folder(output_dir)
+    refuse_strategy(model)
     multiple = _round_to(trainer)
+    name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
+    if processing_class is None and trainer is not None:
+        processing_class = trainer.processing_class
+    _warn_of_early_end(trainer)
 
+    def save(whole: PreTrainedModel) -> SlimReport:
+        slim, report, inputs = _slim_copy(whole, multiple, verify)
+        _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
+        if push_to_hub:
+            _push(target, name, hub_kwargs)
+        return report
+
+    if is_spread(model):
+        if inplace:
+            raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
+        gathered = gather_model(model)
+        return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
+    report = save(model) if is_first_process() else _slim_copy(model, multiple, verify=False)[1]
+    if inplace:
+        model_slim(model, multiple)
+    return report
+
+
+def _slim_copy(
+    model: PreTrainedModel, multiple: int, verify: bool | Mapping[str, Any]
+) -> tuple[PreTrainedModel, SlimReport, dict[str, Any] | None]:
+    """A slim copy of a model, what became smaller, and the inputs on which it was compared with the model."""
+    structures = require_structures(model, find_structures(model))
     slim = _copy(model)
     inputs = dict(verify) if isinstance(verify, Mapping) else make_inputs(model) if verify else None
     expected = compute_outputs(slim, inputs) if inputs is not None else None
@@ -102,15 +134,7 @@ def save_slimmed(
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
-    name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
-    if processing_class is None and trainer is not None:
-        processing_class = trainer.processing_class
-    _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer))
-    if inplace:
-        model_slim(model, multiple)
-    if push_to_hub:
-        _push(target, name, hub_kwargs)
-    return report
+    return slim, report, inputs
 
 
 def _write_folder(
@@ -121,15 +145,13 @@ def _write_folder(
     processing_class: Any,
     inputs: dict[str, Any] | None,
     metrics: dict[str, float],
+    max_shard_size: int | str | None,
 ) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target if target.exists() else target.parent
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as scratch:
-        folder = Path(scratch) / target.name
+    with replacing(target) as folder:
         remote = make_remote_code(slim) if hasattr(slim.config, RECORD_KEY) else None
         if remote is not None:
             slim.config.auto_map = remote[1]
-        slim.save_pretrained(folder)
+        slim.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         if remote is not None:
             (folder / f"{REMOTE_MODULE}.py").write_text(remote[0], encoding="utf-8")
         if processing_class is not None:
@@ -138,7 +160,6 @@ def _write_folder(
         card.save(folder / "README.md")
         if inputs is not None:
             _check_reload(folder, slim, inputs)
-        _move_into_place(folder, target)
 
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -156,36 +177,6 @@ def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -
             )
     expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
     compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
-
-
-def _move_into_place(folder: Path, target: Path) -> None:
-    """Put the new folder where an old one may be; what else is in the old one stays.
-
-    An old model is taken apart from its config on and the new config comes last, so that an interruption leaves no
-    mixture that can be loaded.
-    """
-    if not target.exists():
-        os.rename(folder, target)
-        return
-    (target / CONFIG_NAME).unlink(missing_ok=True)
-    new = {path.name for path in folder.iterdir()}
-    for path in target.iterdir():
-        if path.name not in new and (_WEIGHTS.fullmatch(path.name) or path.name == f"{REMOTE_MODULE}.py"):
-            path.unlink()
-    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
-        os.replace(folder / name, target / name)
-
-
-def _check_folder(output_dir: str | os.PathLike[str]) -> Path:
-    target = Path(output_dir).resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"output_dir={str(output_dir)!r} is a file; name a folder.")
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    try:
-        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=existing).cleanup()
-    except OSError as error:
-        raise PermissionError(f"output_dir={str(output_dir)!r} cannot be written: {error}.") from error
-    return target
 
 
 def _unwrap(model: Any) -> PreTrainedModel:
@@ -207,11 +198,23 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def _round_to(trainer: Trainer | None) -> int:
     """The multiple for the channels: that of the trainer's settings, or the default."""
+    slimming = _find_slimming(trainer)
+    settings = slimming.settings if slimming is not None else None
+    return settings.slim_round_to if isinstance(settings, SlimConfig) else SlimConfig().slim_round_to
+
+
+def _find_slimming(trainer: Trainer | None) -> Slimming | None:
     callbacks = trainer.callback_handler.callbacks if trainer is not None else []
-    for callback in callbacks:
-        if isinstance(callback, SlimTrainerCallback) and isinstance(callback.settings, SlimConfig):
-            return callback.settings.slim_round_to
-    return SlimConfig().slim_round_to
+    return next((c.slimming for c in callbacks if isinstance(c, SlimTrainerCallback)), None)
+
+
+def _warn_of_early_end(trainer: Trainer | None) -> None:
+    slimming = _find_slimming(trainer)
+    if slimming is not None and not slimming.has_reached_target:
+        logger.warning(
+            f"save_slimmed: training ended before the last pruning step, {slimming.last_step}. The sparsities reached "
+            f"are {slimming.sparsities()}, and the model is saved with those."
+        )
 
 
 def _metrics(trainer: Trainer | None) -> dict[str, float]:
@@ -238,14 +241,20 @@ def _refuse_unknown_keywords(keywords: Mapping[str, Any]) -> None:
 
 
 def _push(folder: Path, repo_id: str, keywords: Mapping[str, Any]) -> None:
-    api = HfApi()
     create = {key: keywords[key] for key in _CREATE_KEYWORDS if key in keywords}
     upload = {key: keywords[key] for key in _UPLOAD_KEYWORDS if key in keywords}
-    repo = api.create_repo(repo_id, exist_ok=True, **create)
     upload.setdefault("commit_message", "Upload slim model")
-    api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=folder,
-        ignore_patterns=["checkpoint-*/**", "runs/**", "*.bin", "training_args*"],
-        **upload,
-    )
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, exist_ok=True, **create)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*/**", "runs/**", "*.bin", "training_args*"],
+            **upload,
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"The upload to {repo_id} failed: {error}. The slim model is whole in {folder}: upload it with "
+            f"`hf upload {repo_id} {folder}`, or save it again."
+        ) from error

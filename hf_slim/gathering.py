@@ -1,0 +1,83 @@
+"""A model that is spread over processes, put together in one of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .sharding import is_sharded
+
+Result = TypeVar("Result")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether each process holds only a part of a model."""
+    return any(is_sharded(tensor) for tensor in model.parameters())
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one that writes files."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_model(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Put a sharded model together on the CPU of the first process, one tensor after the other.
+
+    Args:
+        model: The sharded model; every process has to call this.
+
+    Returns:
+        A model of its own with the whole weights in the first process, None in the others.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not is_first_process():
+        return None
+    own: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("distributed_config", None)
+    with no_init_weights(), torch.device("cpu"):
+        whole: PreTrainedModel = own(config)
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    if model.can_generate():
+        whole.generation_config = copy.deepcopy(model.generation_config)
+    return whole.train(model.training)
+
+
+def run_in_first_process(function: Callable[[], Result]) -> Result:
+    """Run something in the first process, while the others wait for what comes of it.
+
+    Args:
+        function: What to run; every process has to call this.
+
+    Returns:
+        Its result, in every process.
+
+    Raises:
+        Exception: What it raised, in the first process; a RuntimeError that says so in the others.
+    """
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if is_first_process():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RuntimeError(f"The first process failed: {outcome[1]}")
+    return outcome[0]

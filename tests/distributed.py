@@ -1,0 +1,132 @@
+"""One training in one process or in several: `torchrun --nproc_per_node 2 tests/distributed.py fsdp llama out`.
+
+Writes the masks, the weights and what was logged to `out`, and the slim model to `out/slim`. `compare` says how the
+results of two of these runs differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import build
+from safetensors.torch import load_file
+from test_callback import make_data, slim_callback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers.distributed import DistributedConfig
+
+from hf_slim import SlimTrainerCallback, SlimTrainingArguments, save_slimmed
+
+GLOBAL_BATCH = 8
+PLANS = {"bert": {"bert.encoder.layer.*": "free_full_weight", "bert.embeddings": "free_full_weight"}, "llama": None}
+EXACT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "llama": {}}
+"""Dropout draws other random numbers where batches are divided."""
+CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+
+
+class MaskLog(TrainerCallback):
+    """Keeps the masks of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, list[bool]]] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Append them."""
+        self.steps.append({name: mask.tolist() for name, mask in self.slim.masks.items()})
+
+
+def train(mode: str, name: str, out: Path, slim: bool = True, **changes: object) -> None:
+    """Train a tiny model with a whole schedule and save it slimmed."""
+    rank = int(os.environ.get("RANK", 0))
+    dense = out / "dense"
+    if rank == 0:
+        build(name, spread=0.05, **changes).save_pretrained(dense)
+    config = {}
+    if mode != "single":
+        dist.init_process_group("gloo")
+        dist.barrier()
+    if mode == "fsdp":
+        config = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=PLANS[name])}
+    model = CLASSES[name].from_pretrained(dense, **config)
+    args = SlimTrainingArguments(
+        out / "run",
+        max_steps=12,
+        per_device_train_batch_size=GLOBAL_BATCH // (1 if mode == "single" else dist.get_world_size()),
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        weight_decay=0.1,
+        average_tokens_across_devices=False,  # else losses that do not count tokens are taken times the processes
+        ffn2_sparsity=0.5,
+        mha_sparsity=0.5,
+        slim_round_to=8,
+        slim_start=2,
+        slim_end=8,
+    )
+    log = MaskLog()
+    callbacks = [SlimTrainerCallback(), log] if slim else []
+    trainer = Trainer(model, args, train_dataset=make_data(build(name, **changes)), callbacks=callbacks)
+    log.slim = slim_callback(trainer) if slim else None
+    trainer.train()
+    if slim:
+        trainer.save_model(out / "masked")
+        report = save_slimmed(trainer, out / "slim")
+        result = {
+            "masks": log.steps,
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "parameters": report.parameters_after,
+        }
+        (out / f"result-{rank}.json").write_text(json.dumps(result))
+    (out / f"peak-{rank}.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    if mode != "single":
+        dist.destroy_process_group()
+
+
+def compare(one: Path, several: Path) -> dict[str, float]:
+    """How far the run in several processes is from the one in one process.
+
+    Args:
+        one: What the run in one process wrote.
+        several: What the other wrote.
+
+    Returns:
+        Steps with other masks in any process; the largest difference of the weights of the masked and the slim model.
+    """
+    expected = json.loads((one / "result-0.json").read_text())
+    found = [json.loads(path.read_text()) for path in sorted(several.glob("result-*.json"))]
+    return {
+        "processes": len(found),
+        "steps": len(expected["masks"]),
+        "other_masks": sum(
+            masks != wanted
+            for result in found
+            for masks, wanted in zip(result["masks"], expected["masks"], strict=True)
+        ),
+        "other_parameters": sum(result["parameters"] != expected["parameters"] for result in found),
+        "loss": max(abs(a - b) for a, b in zip(found[0]["losses"], expected["losses"], strict=True)),
+        **{kind: _largest_difference(one / kind, several / kind) for kind in ("masked", "slim")},
+    }
+
+
+def _largest_difference(one: Path, other: Path) -> float:
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert expected.keys() == found.keys()
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=["single", "ddp", "fsdp"])
+    parser.add_argument("model", choices=sorted(CLASSES))
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    train(options.mode, options.model, options.out, **EXACT[options.model])

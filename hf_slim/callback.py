@@ -59,11 +59,18 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         """What the Trainer saves in `trainer_state.json`: settings, dropped units and smoothed scores."""
         return {"args": {"config": to_state(self.config)}, "attributes": {"saved": self._to_saved()}}
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a second one on the same trainer."""
+        self._refuse_second(state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
         self._clear()
+        self._refuse_second(state)
         self._settings = SlimConfig.from_arguments(args) if self.config is None else self.config
         self.plans = make_plans(model, self._settings, state.max_steps)
         if not self.plans:
@@ -170,6 +177,14 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             )
         )
         return True
+
+    def _refuse_second(self, state: TrainerState) -> None:
+        """The Trainer keeps a list of states where several callbacks of a class have one."""
+        if isinstance((state.stateful_callbacks or {}).get(type(self).__name__), list):
+            raise ValueError(
+                "The trainer has more than one SlimTrainerCallback, and each would drop units of the same model: keep "
+                "one, and give it all settings."
+            )
 
     def _has_reached_target(self) -> bool:
         return all(events == len(plan.schedule.steps) for plan, events in zip(self.plans, self._events, strict=True))

@@ -23,7 +23,7 @@ from .auto_slim import model_slim
 from .callback import SlimTrainerCallback
 from .discovery import find_structures, require_structures
 from .inputs import make_inputs
-from .loading import RECORD_KEY, REMOTE_MODULE, find_stock_class
+from .loading import RECORD_KEY, REMOTE_MODULE, count_left, find_stock_class
 from .model_card import make_model_card
 from .remote_code import make_remote_code
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
@@ -96,13 +96,12 @@ def save_slimmed(
                 f"is not. Nothing was saved. Leave it out with slim_exclude. {error.__cause__}"
             ) from error
         compare_outputs(expected, actual)
-    now = {s.name: s.units for s in find_structures(slim).structures}
     report = SlimReport(
         count_parameters(model),
         count_parameters(slim),
         count_bytes(model),
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, now[s.name]) for s in structures),
+        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in structures),
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")

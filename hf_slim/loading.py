@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -49,7 +50,7 @@ def set_shape_record(model: PreTrainedModel) -> None:
         return
     units = {relative_name(model, s): count_left(model, s) for s in structures}
     stock = _express(config, model, structures, units)
-    if stock is not None and _has_shape_of(model, stock, structures):
+    if stock is not None and _can_be_read(stock) and _has_shape_of(model, stock, structures):
         for name in (*CONFIG_CHANNELS, *CONFIG_HEADS):
             if name in stock.__dict__:
                 setattr(config, name, getattr(stock, name))
@@ -267,6 +268,15 @@ def _express(
             return None
         stock.n_inner = widths.pop()
     return stock
+
+
+def _can_be_read(config: PreTrainedConfig) -> bool:
+    """Whether the class of a config takes its fields again: some ask that the heads divide the hidden size."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except (ValueError, StrictDataclassError):
+        return False
+    return True
 
 
 def _governed(field: str, kind: str, model: PreTrainedModel, structures: tuple[Structure, ...]) -> list[Structure]:

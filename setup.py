@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
-TEST = ["pytest", "pytest-timeout", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS]
+TEST = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS]
 
 setup(
     name="hf-slim",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .schedule import make_schedule
 
 logger = logging.getLogger(__name__)
 
 ScheduleName = Literal["exp", "cubic", "cos", "linear", "oneshot"]
 CriterionName = Literal["magnitude", "snip_momentum", "taylor"]
 ScopeName = Literal["global", "local"]
+
+_WILDCARD = re.compile(r"[*?]|\[.+\]")
+"""What makes a name a shell-style pattern."""
 
 
 @dataclass
@@ -82,6 +89,7 @@ class SlimArgumentsMixin:
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
+        _check_steps(self)
 
 
 @dataclass
@@ -120,6 +128,20 @@ class SlimSeq2SeqTrainingArguments(SlimArgumentsMixin, Seq2SeqTrainingArguments)
     """`Seq2SeqTrainingArguments` with the slimming fields."""
 
 
+def check_whole(name: str, value: Any) -> None:
+    """Refuse what is not a whole number from 1.
+
+    Args:
+        name: What the value is called, for the message.
+        value: The value.
+
+    Raises:
+        ValueError: If it is something else; the message quotes it.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
+
+
 def _check_fields(values: SlimArgumentsMixin) -> None:
     for name in ("ffn2_sparsity", "mha_sparsity"):
         _check_number(values, name)
@@ -127,7 +149,7 @@ def _check_fields(values: SlimArgumentsMixin) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(values, name)}: it is the fraction to remove.")
     for name in ("slim_start", "slim_end", "slim_frequency"):
         value = _check_number(values, name)
-        if value < 0 or (value >= 1 and value != int(value)):
+        if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
             raise ValueError(
                 f"{name} must be a step (a whole number from 1) or a fraction of training (in [0, 1)), got {value}."
             )
@@ -152,15 +174,46 @@ def _check_fields(values: SlimArgumentsMixin) -> None:
         if getattr(values, name) not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(values, name)!r}.")
     for name in ("slim_round_to", "slim_min_heads"):
-        value = getattr(values, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
+        check_whole(name, getattr(values, name))
     if isinstance(values.slim_exclude, str):
         values.slim_exclude = [values.slim_exclude]
+    if values.slim_exclude is not None:
+        values.slim_exclude = _check_patterns(values.slim_exclude)
 
 
 def _check_number(values: SlimArgumentsMixin, name: str) -> float:
     value = getattr(values, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
+        raise ValueError(f"{name} must be a number, got {value!r}: give a Python int or float.")
     return value
+
+
+def _check_patterns(patterns: Any) -> list[str]:
+    if not isinstance(patterns, (list, tuple)):
+        raise ValueError(f"slim_exclude must be a list of patterns, got {patterns!r}.")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"slim_exclude must hold patterns, that is strings that are not empty, got {pattern!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            if not _WILDCARD.search(pattern):
+                raise ValueError(
+                    f"slim_exclude: {pattern!r} is neither a shell-style pattern nor a regular expression: {error}."
+                ) from error
+    return list(patterns)
+
+
+def _check_steps(values: Any) -> None:
+    """Place the pruning steps now, where the arguments already say how long the training is."""
+    steps = getattr(values, "max_steps", 0)
+    target = max(values.ffn2_sparsity, values.mha_sparsity)
+    if steps > 0 and target:
+        make_schedule(
+            start=values.slim_start,
+            end=values.slim_end,
+            frequency=values.slim_frequency,
+            curve=values.slim_schedule,
+            target=target,
+            max_steps=steps,
+        )

@@ -53,11 +53,18 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         saved = self.slimming.to_state() if self.slimming is not None else None
         return {"args": {"config": to_state(self.config)}, "attributes": {"saved": saved}}
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a second one on the same trainer."""
+        self._refuse_second(state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
         self.slimming = None
+        self._refuse_second(state)
         refuse_strategy(model, args)
         settings = SlimConfig.from_arguments(args) if self.config is None else self.config
         saved = find_saved(state.stateful_callbacks) if state.global_step > 0 else None
@@ -146,6 +153,14 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if self.slimming is None:
             raise RuntimeError("SlimTrainerCallback is not in a training: it was added after training began.")
         return self.slimming
+
+    def _refuse_second(self, state: TrainerState) -> None:
+        """The Trainer keeps a list of states where several callbacks of a class have one."""
+        if isinstance((state.stateful_callbacks or {}).get(type(self).__name__), list):
+            raise ValueError(
+                "The trainer has more than one SlimTrainerCallback, and each would drop units of the same model: keep "
+                "one, and give it all settings."
+            )
 
 
 def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:

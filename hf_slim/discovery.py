@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -41,7 +42,12 @@ def find_structures(model: nn.Module) -> Discovery:
 
     Returns:
         The structures found, and the modules skipped with the reasons.
+
+    Raises:
+        ValueError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"A model (a torch.nn.Module) is needed, got {type(model).__name__}: load or build it first.")
     structures: list[Structure] = []
     skipped: list[Skipped] = []
     joint: dict[str, list[Structure]] = {}
@@ -119,8 +125,8 @@ def exclude_structures(structures: Sequence[Structure], patterns: Iterable[str])
     """
     left = tuple(structures)
     for pattern in patterns:
-        test = _compile_pattern(pattern)
-        matched = [s for s in structures if any(test.fullmatch(path) for path in _paths(s))]
+        tests = _compile_pattern(pattern)
+        matched = [s for s in structures if any(test.fullmatch(path) for test in tests for path in _paths(s))]
         if not matched:
             names = ", ".join(s.name for s in structures)
             raise ValueError(
@@ -132,20 +138,20 @@ def exclude_structures(structures: Sequence[Structure], patterns: Iterable[str])
     return left
 
 
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
-    try:
-        expression = re.compile(pattern).pattern
-    except re.error:
-        return re.compile(rf"(?:.*\.)?(?:{fnmatch.translate(pattern)})")
-    return re.compile(rf"(?:.*\.)?(?:{expression})|(?:.*\.)?(?:{fnmatch.translate(pattern)})")
+def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
+    tests = [re.compile(fnmatch.translate(pattern))]
+    with contextlib.suppress(re.error):
+        tests.append(re.compile(pattern))
+    return tests
 
 
 def _paths(structure: Structure) -> set[str]:
-    paths = {structure.name}
+    """The dotted names of a structure's layers and of the modules around them, and every end of each."""
+    paths = {tuple(structure.name.split("."))}
     for member in structure.members:
-        parts = member.tensor.split(".")[:-1]
-        paths.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return paths
+        parts = tuple(member.tensor.split(".")[:-1])
+        paths.update(parts[:end] for end in range(1, len(parts) + 1))
+    return {".".join(path[start:]) for path in paths for start in range(len(path))}
 
 
 def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:

@@ -128,13 +128,14 @@ def _read_between(path: str, name: str, child: nn.Module, units: int, counts: li
 
 
 def _read_attributes(path: str, module: nn.Module, width: int, units: int, hidden: int) -> Iterator[Count]:
+    """The attributes that count the channels; of a single channel none is removed, so that nothing else has to."""
     reads = find_reads(type(module))
     for name, value in module.__dict__.items():
         if type(value) is not int or value not in (width, 2 * width):
             continue
         if name in CHANNEL_COUNTS and value == width:
             yield Count(path, name, width // units)
-        elif value != hidden and (reads.names is None or name in reads.names):
+        elif value != hidden and units > 1 and (reads.names is None or name in reads.names):
             if name in reads.used:
                 raise UnaccountedError(f"its code reads {name} = {value}, which may count the intermediate channels")
             yield Count(path, name, value // units)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +20,7 @@ from transformers.initialization import no_init_weights
 from .attributes import get_count
 from .compaction import resize_structures
 from .discovery import find_structures
+from .layers import join
 from .layouts import CONFIG_CHANNELS, CONFIG_HEADS
 from .structures import Structure, get_tensor
 
@@ -26,6 +28,8 @@ RECORD_KEY = "slim"
 RECORD_VERSION = 1
 REMOTE_MODULE = "modeling_hf_slim"
 _CHECKING = "_hf_slim_checking"
+_GIVEN = "_hf_slim_given"
+"""Where a model keeps the names of its structures that have the units of the record."""
 
 
 def set_shape_record(model: PreTrainedModel) -> None:
@@ -47,9 +51,9 @@ def set_shape_record(model: PreTrainedModel) -> None:
     structures = find_structures(build_dense(model)).structures
     if _has_shape_of(model, config, structures):
         return
-    units = {relative_name(model, s): _count_left(model, s) for s in structures}
+    units = {relative_name(model, s): count_left(model, s) for s in structures}
     stock = _express(config, model, structures, units)
-    if stock is not None and _has_shape_of(model, stock, structures):
+    if stock is not None and _can_be_read(stock) and _has_shape_of(model, stock, structures):
         for name in (*CONFIG_CHANNELS, *CONFIG_HEADS):
             if name in stock.__dict__:
                 setattr(config, name, getattr(stock, name))
@@ -79,9 +83,11 @@ def apply_shape_record(model: PreTrainedModel) -> None:
     if record is None:
         return
     units = _read_record(model.config, record)
+    # Sizes that a model inside has been given may coincide, so that less can be told apart now.
+    given = _find_given(model)
     by_name = {relative_name(model, s): s for s in find_structures(model).structures}
-    matched = {name: structure for name, structure in by_name.items() if name in units}
-    _refuse_unknown(model, set(units) - set(by_name), whole=bool(matched))
+    matched = {name: s for name, s in by_name.items() if name in units and name not in given}
+    _refuse_unknown(model, set(units) - set(by_name) - given, whole=bool(matched or given))
     try:
         resize_structures(
             model,
@@ -90,6 +96,7 @@ def apply_shape_record(model: PreTrainedModel) -> None:
         )
     except ValueError as error:
         raise ValueError(f"The shape record in {_where(model.config)} does not fit the model: {error}") from error
+    model.__dict__[_GIVEN] = tuple(s.name for s in matched.values())
     _forget_remote_code(model)
 
 
@@ -188,6 +195,20 @@ def find_stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return stock if stock in own.__mro__ and (stock is own or own.__module__.endswith(REMOTE_MODULE)) else own
 
 
+def count_left(model: PreTrainedModel, structure: Structure) -> int:
+    """How many units of one of the dense model's structures a slim model has.
+
+    Args:
+        model: The slim model.
+        structure: A structure of the dense one.
+
+    Returns:
+        The number of units.
+    """
+    output = structure.outputs[0]
+    return get_tensor(model, output.tensor).shape[output.dim] // output.index.shape[1]
+
+
 def _where(config: PreTrainedConfig) -> str:
     return f"config.json of {config.name_or_path!r}" if config.name_or_path else "the config"
 
@@ -244,18 +265,18 @@ def _build_saved_class(config: PreTrainedConfig) -> None:
                 saved(config)
 
 
+def _find_given(model: PreTrainedModel) -> set[str]:
+    """The names, relative to the base model, of the structures that models inside it have been given."""
+    paths = {join(path, name) for path, module in model.named_modules() for name in module.__dict__.get(_GIVEN, ())}
+    return {path.removeprefix(base_prefix(model)) for path in paths}
+
+
 def _forget_remote_code(model: PreTrainedModel) -> None:
     """Drop the pointer to the remote-code file, which is not there when this model is saved again."""
     auto_map = getattr(model.config, "auto_map", None)
     if auto_map and type(model).__module__.startswith("transformers.models."):
         if all(REMOTE_MODULE in str(target) for target in auto_map.values()):
             del model.config.auto_map
-
-
-def _count_left(model: PreTrainedModel, structure: Structure) -> int:
-    """How many units of one of the dense model's structures a slim model has."""
-    output = structure.outputs[0]
-    return get_tensor(model, output.tensor).shape[output.dim] // output.index.shape[1]
 
 
 def _express(
@@ -283,6 +304,15 @@ def _express(
             return None
         stock.n_inner = widths.pop()
     return stock
+
+
+def _can_be_read(config: PreTrainedConfig) -> bool:
+    """Whether the class of a config takes its fields again: some ask that the heads divide the hidden size."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except (ValueError, StrictDataclassError):
+        return False
+    return True
 
 
 def _governed(field: str, kind: str, model: PreTrainedModel, structures: tuple[Structure, ...]) -> list[Structure]:

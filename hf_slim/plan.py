@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from .arguments import CriterionName, ScopeName, SlimConfig
-from .auto_slim import PATTERNS, find_entry_structures
+from .auto_slim import find_entry_structures, read_entry
 from .discovery import exclude_structures, find_structures, require_structures
 from .schedule import Schedule, make_schedule
 from .selection import check_reachable
 from .structures import Kind, Structure, get_tensor
-
-_ENTRY_FIELDS = {
-    "start_step": "slim_start",
-    "end_step": "slim_end",
-    "pruning_frequency": "slim_frequency",
-    "pruning_scope": "slim_scope",
-    "sparsity_decay_type": "slim_schedule",
-    "pruning_type": "slim_criterion",
-}
-_ENTRY_DEFAULTS = SlimConfig(slim_criterion="snip_momentum", slim_schedule="exp", slim_round_to=1)
 
 
 @dataclass(frozen=True)
@@ -85,14 +75,10 @@ def make_plans(
                 plans.append(_make_plan(structures, config, sparsity, max_steps, begin))
     else:
         for entry in config:
-            settings, sparsity = _read_entry(entry)
+            settings, sparsity = read_entry(entry)
             structures = find_entry_structures(found, entry)
             if sparsity and structures:
                 plans.append(_make_plan(structures, settings, sparsity, max_steps, begin))
-    names = [s.name for plan in plans for s in plan.structures]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"op_names: {', '.join(twice)} is in more than one entry; name each layer once.")
     for plan in plans:
         _require_gradients(model, plan)
     return plans if steps is None else _place_steps(plans, steps, max_steps)
@@ -104,8 +90,40 @@ def to_state(config: SlimConfig | Sequence[dict[str, Any]] | None) -> Any:
 
 
 def from_state(state: Any) -> SlimConfig | list[dict[str, Any]] | None:
-    """Settings from what `to_state` wrote."""
-    return SlimConfig(**state) if isinstance(state, dict) else state
+    """Settings as `SlimTrainerCallback` takes them, or from what `to_state` wrote.
+
+    Args:
+        state: A `SlimConfig`, its fields in a dict, the list that `parse_auto_slim_config` returned, or None.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        ValueError: If it is something else, or a value is out of range.
+    """
+    if state is None or isinstance(state, SlimConfig):
+        return state
+    if isinstance(state, dict):
+        known = [f.name for f in fields(SlimConfig)]
+        unknown = [key for key in state if key not in known]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is not a field of SlimConfig; its fields are {', '.join(known)}. Entries of "
+                "parse_auto_slim_config go into a list."
+            )
+        return SlimConfig(**state)
+    if not isinstance(state, (list, tuple)):
+        raise ValueError(
+            "SlimTrainerCallback takes a SlimConfig, the list that parse_auto_slim_config returns, or nothing (then "
+            f"it reads the fields of the training arguments), got {type(state).__name__}."
+        )
+    for entry in state:
+        read_entry(entry)
+    names = [name for entry in state for name in set(entry["op_names"])]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"op_names: {', '.join(twice)} is in more than one entry; name each layer once.")
+    return list(state)
 
 
 def _place_steps(plans: Sequence[Plan], steps: Sequence[Sequence[int]], max_steps: int) -> list[Plan]:
@@ -144,23 +162,6 @@ def _make_plan(
         config.slim_round_to,
         config.slim_min_heads,
     )
-
-
-def _read_entry(entry: dict[str, Any]) -> tuple[SlimConfig, float]:
-    known = {"op_names", "pattern", "target_sparsity", *_ENTRY_FIELDS}
-    unknown = sorted(set(entry) - known)
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not known in an auto-slim entry; known are {', '.join(sorted(known))}.")
-    missing = sorted({"op_names", "pattern", "target_sparsity"} - set(entry))
-    if missing:
-        raise ValueError(f"An auto-slim entry lacks {missing[0]}; take the entries from parse_auto_slim_config.")
-    if entry["pattern"] not in PATTERNS:
-        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {entry['pattern']!r}.")
-    changes = {field: entry[key] for key, field in _ENTRY_FIELDS.items() if key in entry}
-    if changes.get("slim_schedule") == "cube":
-        changes["slim_schedule"] = "cubic"
-    sparsity_field = {"ffn": "ffn2_sparsity", "mha": "mha_sparsity"}[PATTERNS[entry["pattern"]]]
-    return replace(_ENTRY_DEFAULTS, **changes, **{sparsity_field: entry["target_sparsity"]}), entry["target_sparsity"]
 
 
 def _require_gradients(model: nn.Module, plan: Plan) -> None:

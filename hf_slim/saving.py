@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -21,7 +23,7 @@ from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
-from .loading import RECORD_KEY, REMOTE_MODULE, find_stock_class
+from .loading import RECORD_KEY, REMOTE_MODULE, count_left, find_stock_class
 from .model_card import make_model_card
 from .remote_code import make_remote_code
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
@@ -70,13 +72,15 @@ def save_slimmed(
         Parameters, bytes and the size of every structure before and after; prints as a table.
 
     Raises:
-        ValueError: If the model has nothing to slim, or no input can be made for it.
+        TypeError: If a keyword is unknown.
+        ValueError: If an argument is of a wrong type, the model has nothing to slim, or no input can be made for it.
         OSError: If `output_dir` is a file or cannot be written; what was there before is unchanged.
         RuntimeError: If the upload fails; the folder is there.
         VerificationError: If the slimmed model computes something else; nothing is written.
     """
     trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None
     model = _unwrap(trainer_or_model.model if isinstance(trainer_or_model, Trainer) else trainer_or_model)
+    _check_arguments(output_dir, processing_class, verify, repo_id, push_to_hub=push_to_hub, inplace=inplace)
     if hub_kwargs and not push_to_hub:
         raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
     _refuse_unknown_keywords(hub_kwargs)
@@ -99,7 +103,7 @@ def save_slimmed(
         if inplace:
             raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
         gathered = gather_model(model)
-        return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
+        return run_in_first_process(lambda: save(gathered))
     report = save(model) if is_first_process() else _slim_copy(model, multiple, verify=False)[1]
     if inplace:
         model_slim(model, multiple)
@@ -124,13 +128,12 @@ def _slim_copy(
                 f"is not. Nothing was saved. Leave it out with slim_exclude. {error.__cause__}"
             ) from error
         compare_outputs(expected, actual)
-    now = {s.name: s.units for s in find_structures(slim).structures}
     report = SlimReport(
         count_parameters(model),
         count_parameters(slim),
         count_bytes(model),
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, now[s.name]) for s in structures),
+        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in structures),
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
@@ -179,8 +182,30 @@ def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -
     compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
 
 
+def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
+        raise ValueError(f"output_dir must be the path of a folder, got {output_dir!r}.")
+    if not isinstance(verify, (bool, Mapping)) or (isinstance(verify, Mapping) and not verify):
+        raise ValueError(f"verify must be True, False or a batch (a dict of the model's inputs), got {verify!r}.")
+    if isinstance(verify, Mapping) and not all(isinstance(name, str) for name in verify):
+        raise ValueError(f"verify: the inputs of a batch are named by strings, got {list(verify)}.")
+    if repo_id is not None and (not isinstance(repo_id, str) or not repo_id):
+        raise ValueError(f"repo_id must be the name of a repository, got {repo_id!r}.")
+    if repo_id is not None and switches["push_to_hub"]:
+        validate_repo_id(repo_id)
+    if processing_class is not None and not callable(getattr(processing_class, "save_pretrained", None)):
+        raise ValueError(
+            "processing_class must be a tokenizer or processor, which have save_pretrained, got "
+            f"{type(processing_class).__name__}."
+        )
+
+
 def _unwrap(model: Any) -> PreTrainedModel:
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(model, nn.Module):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"save_slimmed takes a Trainer or a PreTrainedModel, got {type(model).__name__}. For another module call "

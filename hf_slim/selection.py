@@ -140,13 +140,15 @@ def _rank_globally(
             value = (
                 math.inf if start * multiple < floor else float(alive.sum()) / len(block) if len(alive) else -math.inf
             )
-            blocks.append((value, structure.name, len(block)))
+            blocks.append((value, structure.name, len(block), len(alive)))
     blocks.sort(key=lambda block: block[0], reverse=True)
     units = total_units(structures)
     wanted = units - _count(sparsity, units)
     keep = {s.name: 0 for s in structures}
-    for _, name, size in blocks:
-        if sum(keep.values()) >= wanted:
+    left = 0
+    for _, name, size, alive in blocks:
+        if left >= wanted:
             break
         keep[name] += size
+        left += alive
     return keep

@@ -279,8 +279,6 @@ def frozen_bert():
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (build, {"slim_end": 13}, "slim_end=13 is beyond the last training step, 12"),
-        (build, {"slim_start": 9, "slim_end": 0.5}, "slim_start=9 is step 9 of 12, after slim_end=0.5"),
         (build, {"slim_exclude": ["layer.9"]}, "the pattern 'layer.9' matches no module"),
         (build, {"slim_exclude": ["intermediate"]}, "slim_exclude=.'intermediate'. leaves no ffn structure"),
         (build, {"slim_round_to": 64, "slim_scope": "local"}, "ffn2_sparsity=0.5 is unreachable"),

@@ -160,6 +160,7 @@ def test_nothing_to_slim_lists_what_was_looked_at():
         ("*attention*", ["0", "1"]),
         (r"layer\.1\.output", ["0.attention", "0", "1.attention"]),
         ("query", ["0", "1"]),
+        ("(?i)LAYER.1", ["0.attention", "0"]),
     ],
 )
 def test_patterns(pattern, left):

@@ -288,6 +288,30 @@ def test_a_model_built_without_its_pooler(tmp_path):
     assert config["intermediate_size"] == 32 and "slim" not in config
 
 
+def test_heads_that_do_not_divide_the_hidden_size(tmp_path):
+    """The config class refuses such a number of heads, so it stays in the record."""
+    model = build("llama")
+    structures = find_structures(model).of_kind("mha")
+    zero_units(model, structures, {s.name: torch.arange(s.units) < 3 for s in structures})
+    save_slimmed(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_attention_heads"] == 8 and set(config["slim"]["units"].values()) == {3, 64}
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [s.units for s in find_structures(loaded).of_kind("mha")] == [3, 3]
+
+
+def test_a_network_of_one_channel(tmp_path):
+    """As many channels as some attribute of the module says that has nothing to do with them."""
+    model = build("bert")
+    structures = find_structures(model).of_kind("ffn")
+    zero_units(
+        model, structures, {s.name: torch.arange(s.units) < size for s, size in zip(structures, (1, 5), strict=True)}
+    )
+    save_slimmed(model_slim(model, 1), tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [s.units for s in find_structures(loaded).of_kind("ffn")] == [1, 5]
+
+
 def test_the_hook_is_installed_once():
     installed = transformers.PreTrainedModel.post_init
     install_hook()

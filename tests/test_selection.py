@@ -79,6 +79,14 @@ def test_dropped_units_stay_dropped(scope):
     assert choose(structures, [[9] * 8] * 2, masks, 0.0, scope=scope) == [[0, 0, 1, 1, 1, 1, 1, 1]] * 2
 
 
+def test_no_more_is_dropped_than_asked_for():
+    """Of a block of channels most of which are gone only the others count."""
+    structures, masks = make("ffn", 8, 8)
+    masks["ffn0"][:3] = False
+    kept = choose(structures, [[0, 0, 0, 50, 60, 70, 80, 90], range(8)], masks, 0.25, round_to=4, scope="global")
+    assert kept == [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]
+
+
 @pytest.mark.parametrize(
     ("kind", "units", "sparsity", "settings", "message"),
     [

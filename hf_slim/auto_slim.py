@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
+from .adapters import REMEDY, has_adapters
 from .compaction import compact_model, round_masks
+from .containers import find_pretrained
 from .discovery import find_structures, require_structures
 from .loading import set_shape_record
 from .masking import find_zero_units
@@ -89,22 +90,25 @@ def model_slim(model: nn.Module, round_multiplier: int = 32) -> nn.Module:
     masks and no data. With rounding, the zero units that remain are kept as they are.
 
     Args:
-        model: The sparse model; changed in place, its config too, so that `save_pretrained` saves the new shape.
+        model: The sparse model, or a module that holds such; changed in place, the config of every transformers model
+            too, so that `save_pretrained` saves the new shape.
         round_multiplier: The number of channels kept in a layer is rounded up to a multiple of this.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the multiplier is below 1, or the model has nothing to slim.
+        ValueError: If the multiplier is below 1, the model has adapters, or it has nothing to slim.
     """
     if round_multiplier < 1:
         raise ValueError(f"round_multiplier must be a whole number from 1, got {round_multiplier}.")
+    if has_adapters(model):
+        raise ValueError(f"{type(model).__name__} has adapters, so it cannot be made smaller. {REMEDY}")
     structures = require_structures(model, find_structures(model))
     masks = round_masks(structures, find_zero_units(model, structures), round_multiplier)
     compact_model(model, structures, masks)
-    if isinstance(model, PreTrainedModel):
-        set_shape_record(model)
+    for part in find_pretrained(model):
+        set_shape_record(part)
     return model
 
 

@@ -25,7 +25,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def find_obstacle(model: nn.Module, structure: Structure) -> str | None:
-    """Say why a structure cannot be slimmed with the adapters that are there.
+    """Say why a structure cannot be slimmed with the adapters that are there, or with weights stored otherwise.
 
     Low-rank adapters of linear layers are explained: they are members of the structure.
 
@@ -34,7 +34,7 @@ def find_obstacle(model: nn.Module, structure: Structure) -> str | None:
         structure: One of its structures.
 
     Returns:
-        The reason, None if the structure has no adapters or only such.
+        The reason, None if the structure has plain weights and no adapters, or only such.
     """
     modules = dict.fromkeys(path for m in structure.members for path in _path(m.tensor))
     return next((reason for path in modules for reason in _find_reasons(model, path)), None)
@@ -76,6 +76,13 @@ def merge_adapters(model: Any) -> Any:
 
 def _find_reasons(model: nn.Module, path: str) -> Iterator[str]:
     module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        weight, shape = module.weight, (module.out_features, module.in_features)
+        if weight.shape != shape or not weight.is_floating_point():
+            yield (
+                f"the weight of {path} is {weight.dtype} of shape {tuple(weight.shape)} instead of floating-point "
+                f"numbers of shape {shape}, as after quantization: slim the model before"
+            )
     for kind in _adapter_types(module):
         if kind != _LOW_RANK_TYPE:
             yield f"the model has adapters of the type {kind}, and no layout says how they depend on the units"
@@ -85,9 +92,7 @@ def _find_reasons(model: nn.Module, path: str) -> Iterator[str]:
         return
     for variant in module.__dict__.get("lora_variant", {}).values():
         yield f"{path} has an adapter of another kind than plain LoRA ({type(variant).__name__})"
-    layer, base = find_layer(model, path), module._modules[BASE]
-    if find_layer(module, BASE) is None:
-        yield f"{path}.{BASE} is no plain layer but {type(base).__name__}, whose weight may be quantized"
+    layer = find_layer(model, path)
     known = {name for pair in layer.adapters for name in pair} if layer is not None else set()
     for name, _ in tensors_outside(module, (BASE,)):
         if join(path, name) not in known:

@@ -100,11 +100,9 @@ def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer 
     if isinstance(child, Conv1D):
         return Layer(f"{path}.weight", bias, weight.shape[0], weight.shape[1], 0, 1)
     if isinstance(child, nn.Linear):
-        if tuple(weight.shape) != (child.out_features, child.in_features) or child._buffers:
+        if child._buffers:
             return None
-        if not weight.is_floating_point():  # quantized
-            return None
-        return Layer(f"{path}.weight", bias, weight.shape[1], weight.shape[0], 1, 0)
+        return Layer(f"{path}.weight", bias, child.in_features, child.out_features, 1, 0)
     if isinstance(child, _ConvNd):
         return Layer(f"{path}.weight", bias, child.in_channels, weight.shape[0], 1, 0, groups=child.groups)
     if weight.dim() == 3 and len(child._parameters) == 1 and not child._modules:
@@ -188,9 +186,7 @@ def layer_of(tensor: str) -> str:
 
 def _find_adapted(path: str, child: nn.Module) -> Layer | None:
     """A layer and its low-rank adapters; what else changes it is for `find_obstacle` to see."""
-    base, inner = find_layer(child, BASE), child._modules[BASE]
-    if base is None and isinstance(inner, nn.Linear):  # quantized, which `find_obstacle` sees as well
-        base = Layer(f"{BASE}.weight", None, inner.in_features, inner.out_features, 1, 0)
+    base = find_layer(child, BASE)
     if base is None:
         return None
     pairs = []

@@ -8,7 +8,7 @@ import transformers
 from accelerate.utils import extract_model_from_parallel
 from conftest import build, logits, make_batch
 from test_callback import HALF, kept, make_trainer, slim_callback, watch
-from test_other_trainers import make_encoder, make_encoder_trainer, make_sft_trainer
+from test_other_trainers import Holder, make_encoder, make_encoder_trainer, make_sft_trainer
 from test_saving import masked
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +54,12 @@ def fill(model):
 
 def plain(trainer):
     return extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False).eval()
+
+
+def half_of(model):
+    """Its structures, and masks that keep every other unit."""
+    structures = find_structures(model).structures
+    return structures, {s.name: torch.arange(s.units) % 2 == 0 for s in structures}
 
 
 def step(model, batch):
@@ -111,8 +117,7 @@ def test_adapters_are_members(family):
 @pytest.mark.parametrize("family", TARGETS)
 def test_merging_gives_what_the_masked_model_with_adapters_computes(family, tmp_path):
     model = fill(adapt(build(family), family)).eval()
-    structures = find_structures(model).structures
-    masks = {s.name: torch.arange(s.units) % 2 == 0 for s in structures}
+    structures, masks = half_of(model)
     zero_units(model, structures, masks)
     units = find_zero_units(model, structures)
     assert all(torch.equal(units[name], mask) for name, mask in masks.items())
@@ -178,7 +183,9 @@ def test_sentence_transformer_with_adapters(tmp_path):
     """Adapters that were put into the transformers model itself."""
     st = pytest.importorskip("sentence_transformers")
     model = make_encoder(tmp_path / "base")
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=BERT_LAYERS, task_type="FEATURE_EXTRACTION"))
+    inner, config = model[0].model, peft.LoraConfig(r=2, target_modules=BERT_LAYERS, task_type="FEATURE_EXTRACTION")
+    peft.inject_adapter_in_model(config, inner)  # as add_adapter does
+    inner.peft_config, inner._hf_peft_config_loaded = {"default": config}, True
     trainer = make_encoder_trainer(model, tmp_path / "out", slim_criterion="magnitude")
     watcher = watch(trainer)
     trainer.train()
@@ -189,6 +196,19 @@ def test_sentence_transformer_with_adapters(tmp_path):
     expected = trainer.model.encode(sentences, convert_to_tensor=True)
     torch.testing.assert_close(slim.encode(sentences, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
     assert any("lora_A" in name for name, _ in trainer.model.named_parameters())
+    assert inner.peft_config and inner._hf_peft_config_loaded
+
+
+def test_a_module_around_a_model_with_adapters(tmp_path):
+    holder = Holder(fill(adapt(masked())).eval())
+    zero_units(holder, *half_of(holder))
+    batch = make_batch(holder.model.get_base_model())
+    expected = logits(holder.model, batch)
+    report = save_slimmed(holder, tmp_path / "slim")
+    assert [s.after * 2 for s in report.structures] == [s.before for s in report.structures]
+    loaded = Holder.from_pretrained(tmp_path / "slim").model.eval()
+    torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-4, rtol=1e-4)
+    assert isinstance(holder.model, peft.PeftModel)
 
 
 def test_resuming(tmp_path):
@@ -248,7 +268,7 @@ def quantized():
         (other("IA3Config", target_modules=BERT_LAYERS, feedforward_modules=["output.dense"]), "of the type IA3"),
         (other("PromptTuningConfig", num_virtual_tokens=3), "adapters of the type PROMPT_TUNING"),
         (other("PrefixTuningConfig", num_virtual_tokens=3), "adapters of the type PREFIX_TUNING"),
-        (quantized, "is no plain layer but Packed, whose weight may be quantized"),
+        (quantized, r"base_layer is torch.int8 of shape .*, as after quantization"),
     ],
     ids=["dora", "bias", "alora", "vera", "ia3", "prompt", "prefix", "quantized"],
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
-TEST = ["pytest", "pytest-timeout", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS]
+INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
+TEST = ["pytest", "pytest-timeout", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS, *INTEGRATIONS]
 
 setup(
     name="hf-slim",
@@ -24,7 +25,7 @@ setup(
         "datasets",
         "evaluate",
     ],
-    extras_require={"test": TEST, "docs": DOCS},
+    extras_require={"test": TEST, "docs": DOCS, "integrations": INTEGRATIONS},
     entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

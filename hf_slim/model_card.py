@@ -14,6 +14,7 @@ from .report import SlimReport
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _TAGS = ("hf_slim", "pruning")
+_TITLE = "Slimmed with hf_slim"
 
 
 def write_model_card(
@@ -42,12 +43,13 @@ def write_model_card(
         repo_id=repo_id,
         has_remote_code=has_remote_code,
         metrics=metrics,
-        title="Slimmed with hf_slim" if there else None,
+        title=_TITLE if there else None,
     )
     if there:
         theirs = RepoCard.load(path)  # keeps every field of the metadata as it is
         theirs.data["tags"] = list(dict.fromkeys([*(theirs.data.get("tags") or []), *_TAGS]))
-        theirs.text = f"{theirs.text.rstrip()}\n\n{card.text.lstrip()}"
+        before = theirs.text.partition(f"\n# {_TITLE}\n")[0]  # ours may be in it from an earlier time
+        theirs.text = f"{before.rstrip()}\n\n{card.text.lstrip()}"
         theirs.save(path)
     else:
         card.save(path)

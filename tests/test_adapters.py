@@ -213,7 +213,12 @@ def test_a_module_around_a_model_with_adapters(tmp_path):
 
 def test_resuming(tmp_path):
     """A checkpoint holds the adapters only; the units dropped so far are zeroed in the base model again."""
-    settings = {"slim_criterion": "magnitude", "save_strategy": "steps", "save_steps": 6, "lr_scheduler_type": "constant"}
+    settings = {
+        "slim_criterion": "magnitude",
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "lr_scheduler_type": "constant",
+    }
     whole = make_trainer(adapt(build("bert", spread=0.1)), tmp_path / "out", **settings)
     whole.train()
     resumed = make_trainer(adapt(build("bert", spread=0.1)), tmp_path / "out", **settings)
@@ -232,7 +237,9 @@ def test_resuming(tmp_path):
 @pytest.mark.parametrize("criterion", ["taylor", "snip_momentum"])
 def test_gradients_of_frozen_weights_are_not_there(criterion, tmp_path):
     trainer = make_trainer(adapt(build("bert")), tmp_path, slim_criterion=criterion)
-    with pytest.raises(ValueError, match="slim_criterion='magnitude'. Or slim first, and add the adapters to the slim"):
+    with pytest.raises(
+        ValueError, match="slim_criterion='magnitude'. Or slim first, and add the adapters to the slim"
+    ):
         trainer.train()
 
 
@@ -282,8 +289,13 @@ def test_what_no_layout_explains_is_skipped(make, reason):
 
 def test_adapters_of_stacked_experts_are_skipped():
     config = transformers.MixtralConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, num_local_experts=2,
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=2,
     )
     model = transformers.MixtralForCausalLM(config)
     assert find_structures(model).of_kind("ffn")

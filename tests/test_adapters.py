@@ -8,7 +8,8 @@ import transformers
 from accelerate.utils import extract_model_from_parallel
 from conftest import build, logits, make_batch
 from test_callback import HALF, kept, make_trainer, slim_callback, watch
-from test_other_trainers import Holder, make_encoder, make_encoder_trainer, make_sft_trainer
+from test_containers import Holder
+from test_other_trainers import make_encoder, make_encoder_trainer, make_sft_trainer
 from test_saving import masked
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D

@@ -12,12 +12,10 @@ from accelerate.utils import extract_model_from_parallel
 from conftest import build, logits, make_batch
 from huggingface_hub import ModelCard
 from test_callback import HALF, slim_callback, watch
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     BertTokenizer,
@@ -32,11 +30,9 @@ from hf_slim import (
     SlimSeq2SeqTrainingArguments,
     SlimTrainerCallback,
     find_structures,
-    model_slim,
     save_slimmed,
 )
 from hf_slim.tokenizer import make_byte_tokenizer
-from hf_slim.verification import VerificationError
 
 WORDS = ("a", "the", "cat", "dog", "child", "river", "song", "train", "sees", "likes", "finds", "follows", "not")
 RUN = {
@@ -280,64 +276,3 @@ def test_cross_encoder(tmp_path):
     torch.testing.assert_close(
         torch.tensor(slim.predict(asked)), torch.tensor(model.predict(asked)), atol=1e-5, rtol=0
     )
-
-
-class Holder(nn.Module):
-    """A module that holds transformers models and saves itself in a way of its own."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def save_pretrained(self, folder):
-        self.model.save_pretrained(f"{folder}/inner")
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        return cls(AutoModelForSequenceClassification.from_pretrained(f"{folder}/inner"))
-
-
-class Forgetful(Holder):
-    def save_pretrained(self, folder):
-        torch.save(self.state_dict(), f"{folder}.pt")
-
-
-class Changing(Holder):
-    @classmethod
-    def from_pretrained(cls, folder):
-        loaded = super().from_pretrained(folder)
-        loaded.model.classifier.bias.data += 1
-        return loaded
-
-
-def zeroed_bert():
-    from test_saving import masked
-
-    return masked()
-
-
-def test_any_module_that_saves_itself(tmp_path):
-    holder = Holder(zeroed_bert())
-    holder.trainer = object()  # shared with the copy, not copied
-    report = save_slimmed(holder, tmp_path / "slim")
-    assert report.structures[0].name == "model.bert.encoder.layer.0.attention.output.dense"
-    assert (tmp_path / "slim" / "inner" / "modeling_hf_slim.py").exists() and (tmp_path / "slim/README.md").exists()
-    loaded = Holder.from_pretrained(tmp_path / "slim").eval()
-    batch = make_batch(holder.model)
-    torch.testing.assert_close(logits(loaded.model, batch), logits(holder.model, batch), atol=1e-5, rtol=1e-4)
-    model_slim(holder)
-    assert sum(p.numel() for p in holder.parameters()) == report.parameters_after
-    assert "slim" in holder.model.config.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("cls", "error", "message"),
-    [
-        (Forgetful, ValueError, "does not save the BertForSequenceClassification in it by save_pretrained"),
-        (Changing, VerificationError, "loads another model.classifier.bias from the saved folder"),
-    ],
-)
-def test_a_module_that_does_not_give_its_models_again_is_refused(cls, error, message, tmp_path):
-    with pytest.raises(error, match=message):
-        save_slimmed(cls(zeroed_bert()), tmp_path / "slim")
-    assert not (tmp_path / "slim").exists()

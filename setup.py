@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
-TEST = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel", *DOCS]
+INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
+TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel"]
+TEST = [*TOOLS, *DOCS, *INTEGRATIONS]
 
 setup(
     name="hf-slim",
@@ -24,7 +26,7 @@ setup(
         "datasets",
         "evaluate",
     ],
-    extras_require={"test": TEST, "docs": DOCS},
+    extras_require={"test": TEST, "docs": DOCS, "integrations": INTEGRATIONS},
     entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
+from .adapters import REMEDY, has_adapters
 from .arguments import SlimConfig, check_whole
 from .compaction import compact_model, round_masks
+from .containers import find_pretrained
 from .discovery import find_structures, require_structures
 from .loading import set_shape_record
 from .masking import find_zero_units
@@ -136,24 +137,28 @@ def model_slim(model: nn.Module, round_multiplier: int = 32) -> nn.Module:
     masks and no data. With rounding, the zero units that remain are kept as they are.
 
     Args:
-        model: The sparse model; changed in place, its config too, so that `save_pretrained` saves the new shape.
+        model: The sparse model, or a module that holds such; changed in place, the config of every transformers model
+            too, so that `save_pretrained` saves the new shape.
         round_multiplier: The number of channels kept in a layer is rounded up to a multiple of this.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the multiplier is no whole number from 1, or the model has no weights or nothing to slim.
+        ValueError: If the multiplier is no whole number from 1, or the model has no weights, adapters, or nothing to
+            slim.
     """
     check_whole("round_multiplier", round_multiplier)
+    if has_adapters(model):
+        raise ValueError(f"{type(model).__name__} has adapters, so it cannot be made smaller. {REMEDY}")
     structures = require_structures(model, find_structures(model))
     empty = [member.tensor for s in structures for member in s.members if get_tensor(model, member.tensor).is_meta]
     if empty:
         raise ValueError(f"{empty[0]} is on the meta device, where tensors have no values: load the model whole.")
     masks = round_masks(structures, find_zero_units(model, structures), round_multiplier)
     compact_model(model, structures, masks)
-    if isinstance(model, PreTrainedModel):
-        set_shape_record(model)
+    for part in find_pretrained(model):
+        set_shape_record(part)
     return model
 
 

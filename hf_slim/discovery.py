@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import find_obstacle
 from .attention import matches_mha, owner_of, read_mha
 from .attributes import get_field
 from .feed_forward import matches_ffn, read_ffn
-from .layers import find_child, find_layer, find_tensor, join
+from .layers import find_child, find_layer, find_tensor, join, layer_of
 from .layouts import (
     CONFIG_HEADS,
     FFN_LAYOUTS,
@@ -74,8 +76,8 @@ def find_structures(model: nn.Module) -> Discovery:
                     skipped.append(Skipped(path, "ffn", str(reason)))
     structures += _join_blocks(joint, skipped)
     structures = _join_by_tables(model, structures, skipped)
-    structures = _refuse_shared(model, structures, skipped)
-    structures = _refuse_read_above(model, structures, skipped)
+    for find_reason in (find_obstacle, partial(_find_shared, _find_owners(model)), _find_read_above):
+        structures = _refuse(model, structures, skipped, find_reason)
     skipped += _find_unknown(model, structures, skipped)
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     structures.sort(key=lambda s: order[_first_module(s, order)])
@@ -246,53 +248,56 @@ def _is_inside(name: str, path: str) -> bool:
 def _needs_bias(model: nn.Module, structure: Structure) -> bool:
     """Whether the module that makes query, key and value is given a bias for each head."""
     made = next(member for member in structure.members if member.role == "input").tensor
-    owner = model.get_submodule(made.rpartition(".")[0].rpartition(".")[0])
+    owner = model.get_submodule(layer_of(made).rpartition(".")[0])
     if "position_bias" not in find_reads(type(owner)).arguments:
         return False
     return not any(m.role == "extra" and m.tensor.endswith(tuple(HEAD_TENSORS)) for m in structure.members)
 
 
-def _refuse_shared(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Structure]:
-    """Leave out structures with a parameter that another module uses as well."""
+def _refuse(
+    model: nn.Module,
+    structures: list[Structure],
+    skipped: list[Skipped],
+    find_reason: Callable[[nn.Module, Structure], str | None],
+) -> list[Structure]:
+    """Leave out the structures for which there is a reason."""
+    reasons = [(structure, find_reason(model, structure)) for structure in structures]
+    skipped += [Skipped(s.name, s.kind, reason) for s, reason in reasons if reason is not None]
+    return [structure for structure, reason in reasons if reason is None]
+
+
+def _find_shared(owners: Mapping[int, set[int]], model: nn.Module, structure: Structure) -> str | None:
+    """The reason, if another module uses one of its parameters as well."""
+    for member in structure.members:
+        path, _, leaf = member.tensor.rpartition(".")
+        if len(owners.get(id(getattr(model.get_submodule(path), leaf)), ())) > 1:
+            return f"{member.tensor} is used by more than one module, so that it cannot get a size of its own"
+    return None
+
+
+def _find_owners(model: nn.Module) -> dict[int, set[int]]:
+    """For each parameter the modules that have it as their own, all by id."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(id(module))
-    kept = []
-    for structure in structures:
-        for member in structure.members:
-            path, _, leaf = member.tensor.rpartition(".")
-            tensor = getattr(model.get_submodule(path), leaf)
-            if len(owners.get(id(tensor), ())) > 1:
-                reason = f"{member.tensor} is used by more than one module, so that it cannot get a size of its own"
-                skipped.append(Skipped(structure.name, structure.kind, reason))
-                break
-        else:
-            kept.append(structure)
-    return kept
+    return owners
 
 
-def _refuse_read_above(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Structure]:
-    """Leave out attention whose number of heads is read by the code of a module around it, for a mask perhaps."""
-    kept = []
-    for structure in structures:
-        counted = {count.module for count in structure.counts}
-        reason = None
-        path = structure.outputs[0].tensor if structure.kind == "mha" else ""
-        while path and reason is None:
-            path = path.rpartition(".")[0]
-            module = find_child(model, path)
-            if module is None or path in counted:
-                continue
-            for name, value in _head_counts_read(module).items():
-                if type(value) is int and value % structure.units == 0:
-                    reason = f"{type(module).__name__} around it reads {name} = {value} too"
-        if reason is None:
-            kept.append(structure)
-        else:
-            skipped.append(Skipped(structure.name, structure.kind, reason))
-    return kept
+def _find_read_above(model: nn.Module, structure: Structure) -> str | None:
+    """The reason, if the code of a module around attention reads its number of heads, for a mask perhaps."""
+    counted = {count.module for count in structure.counts}
+    path = structure.outputs[0].tensor if structure.kind == "mha" else ""
+    while path:
+        path = path.rpartition(".")[0]
+        module = find_child(model, path)
+        if module is None or path in counted:
+            continue
+        for name, value in _head_counts_read(module).items():
+            if type(value) is int and value % structure.units == 0:
+                return f"{type(module).__name__} around it reads {name} = {value} too"
+    return None
 
 
 def _head_counts_read(module: nn.Module) -> dict[str, Any]:

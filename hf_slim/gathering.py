@@ -28,7 +28,7 @@ def is_first_process() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gather_model(model: PreTrainedModel) -> PreTrainedModel | None:
+def gather_model(model: nn.Module) -> PreTrainedModel | None:
     """Put a sharded model together on the CPU of the first process, one tensor after the other.
 
     Args:
@@ -36,7 +36,14 @@ def gather_model(model: PreTrainedModel) -> PreTrainedModel | None:
 
     Returns:
         A model of its own with the whole weights in the first process, None in the others.
+
+    Raises:
+        ValueError: If it is no transformers model.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"A sharded {type(model).__name__} cannot be put together: only a PreTrainedModel without adapters can."
+        )
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 

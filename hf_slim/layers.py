@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .structures import Member, Role
+
+BASE = "base_layer"
+"""The child in which a module that adds adapters to a layer holds the layer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Layer:
         output_dim: Dimension of the weight along which the outputs lie.
         bias_dim: Dimension of the bias along which the outputs lie.
         groups: How many equal groups its outputs and inputs form, each output reading the inputs of its group only.
+        adapters: The weights of the low-rank adapters that add to it, `[rank, inputs]` and `[outputs, rank]` of each.
     """
 
     weight: str
@@ -37,6 +41,7 @@ class Layer:
     output_dim: int
     bias_dim: int = 0
     groups: int = 1
+    adapters: tuple[tuple[str, str], ...] = ()
 
     def members(self, path: str, index: torch.LongTensor, role: Role) -> list[Member]:
         """The members of a structure in this layer.
@@ -47,22 +52,23 @@ class Layer:
             role: `input` if units own outputs of the layer, `output` if they own inputs.
 
         Returns:
-            The weight, and the bias where units own outputs.
+            The weight, and the bias where units own outputs; the side of the adapters on which the units lie.
         """
         if role == "output":
-            return [Member(join(path, self.weight), self.input_dim, index, role)]
+            found = [Member(join(path, self.weight), self.input_dim, index, role)]
+            return found + [Member(join(path, down), 1, index, "adapter") for down, _ in self.adapters]
         found = [Member(join(path, self.weight), self.output_dim, index, role)]
         if self.bias is not None:
             found.append(Member(join(path, self.bias), self.bias_dim, index, "extra"))
-        return found
+        return found + [Member(join(path, up), 0, index, "extra") for _, up in self.adapters]
 
 
 def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer | None:
     """Find the layer at a path below a module.
 
     `nn.Linear`, transformers' `Conv1D` and convolutions are layers; so are a module that only wraps one as
-    its child `linear`, and parameters with an expert dimension in front, stored by themselves or as the weight of a
-    module.
+    its child `linear`, one with low-rank adapters beside its child `base_layer`, and parameters with an expert
+    dimension in front, stored by themselves or as the weight of a module.
 
     Args:
         module: Any module.
@@ -85,6 +91,8 @@ def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer 
         return None
     if "linear" in child._modules and len(child._modules) == 1 and not child._parameters:
         path, child = f"{path}.linear", child._modules["linear"]
+    if child is not None and BASE in child._modules:
+        return _find_adapted(path, child)
     weight = None if child is None else child._parameters.get("weight")
     if child is None or weight is None:
         return None
@@ -92,9 +100,9 @@ def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer 
     if isinstance(child, Conv1D):
         return Layer(f"{path}.weight", bias, weight.shape[0], weight.shape[1], 0, 1)
     if isinstance(child, nn.Linear):
-        if tuple(weight.shape) != (child.out_features, child.in_features) or child._buffers:
+        if child._buffers:
             return None
-        return Layer(f"{path}.weight", bias, weight.shape[1], weight.shape[0], 1, 0)
+        return Layer(f"{path}.weight", bias, child.in_features, child.out_features, 1, 0)
     if isinstance(child, _ConvNd):
         return Layer(f"{path}.weight", bias, child.in_channels, weight.shape[0], 1, 0, groups=child.groups)
     if weight.dim() == 3 and len(child._parameters) == 1 and not child._modules:
@@ -166,6 +174,31 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
 def join(*parts: str) -> str:
     """Names joined by dots, without the empty ones."""
     return ".".join(part for part in parts if part)
+
+
+def layer_of(tensor: str) -> str:
+    """The dotted name of the layer that holds a weight, without what it is wrapped in."""
+    name = tensor.rpartition(".")[0]
+    for wrapped in (f".{BASE}", ".linear"):
+        name = name.removesuffix(wrapped)
+    return name
+
+
+def _find_adapted(path: str, child: nn.Module) -> Layer | None:
+    """A layer and its low-rank adapters; what else changes it is for `find_obstacle` to see."""
+    base = find_layer(child, BASE)
+    if base is None:
+        return None
+    pairs = []
+    for name in dict((child._modules.get("lora_A") or nn.Module()).named_children()):
+        names = (f"lora_A.{name}.weight", f"lora_B.{name}.weight")
+        down, up = (find_tensor(child, adapter) for adapter in names)
+        if down is None or up is None or down.dim() != 2 or base.groups > 1:
+            continue
+        if down.shape[1] == base.inputs and up.shape == (base.outputs, down.shape[0]):
+            pairs.append((f"{path}.{names[0]}", f"{path}.{names[1]}"))
+    bias = None if base.bias is None else f"{path}.{base.bias}"
+    return replace(base, weight=f"{path}.{base.weight}", bias=bias, adapters=tuple(pairs))
 
 
 def _stacked(path: str, bias: str | None, weight: torch.Tensor, *, swapped: bool) -> Layer:

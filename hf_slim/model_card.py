@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from transformers import PreTrainedModel
 
 from .loading import RECORD_KEY
@@ -13,6 +13,46 @@ from .remote_code import find_auto_classes
 from .report import SlimReport
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+_TAGS = ("hf_slim", "pruning")
+_TITLE = "Slimmed with hf_slim"
+
+
+def write_model_card(
+    model: PreTrainedModel,
+    report: SlimReport,
+    folder: Path,
+    repo_id: str,
+    has_remote_code: bool,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write `README.md`; a card that is there, since what holds the model wrote one, gets ours at its end.
+
+    Args:
+        model: The slim model.
+        report: What slimming made of it.
+        folder: The folder of the card.
+        repo_id: What users pass to `from_pretrained`.
+        has_remote_code: Whether the folder holds the remote-code file.
+        metrics: Evaluation results, by name.
+    """
+    path = folder / "README.md"
+    there = path.exists()
+    card = make_model_card(
+        model,
+        report,
+        repo_id=repo_id,
+        has_remote_code=has_remote_code,
+        metrics=metrics,
+        title=_TITLE if there else None,
+    )
+    if there:
+        theirs = RepoCard.load(path)  # keeps every field of the metadata as it is
+        theirs.data["tags"] = list(dict.fromkeys([*(theirs.data.get("tags") or []), *_TAGS]))
+        before = theirs.text.partition(f"\n# {_TITLE}\n")[0]  # ours may be in it from an earlier time
+        theirs.text = f"{before.rstrip()}\n\n{card.text.lstrip()}"
+        theirs.save(path)
+    else:
+        card.save(path)
 
 
 def make_model_card(
@@ -22,6 +62,7 @@ def make_model_card(
     repo_id: str,
     has_remote_code: bool,
     metrics: Mapping[str, float] | None = None,
+    title: str | None = None,
 ) -> ModelCard:
     """Write the model card of a slim model.
 
@@ -31,6 +72,7 @@ def make_model_card(
         repo_id: What users pass to `from_pretrained`.
         has_remote_code: Whether the folder holds the remote-code file.
         metrics: Evaluation results, by name.
+        title: The heading, for a part of another card, which says how to load the model; else the repository's name.
 
     Returns:
         The card, ready to be saved.
@@ -39,9 +81,9 @@ def make_model_card(
     base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
     needs_import = hasattr(model.config, RECORD_KEY)
     return ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=["hf_slim", "pruning"], base_model=base_model),
+        ModelCardData(library_name="transformers", tags=list(_TAGS), base_model=base_model),
         template_path=str(_TEMPLATE),
-        title=repo_id.rpartition("/")[2],
+        title=title or repo_id.rpartition("/")[2],
         sentence=_sentence(model, report, base_model),
         table=_markdown_table(
             ("", "before", "after", "change"),
@@ -57,7 +99,7 @@ def make_model_card(
             else "The config expresses the sizes by itself: this is a stock model, and nothing needs to be installed."
         ),
         needs_import=needs_import,
-        auto_class=_auto_class(model),
+        auto_class="" if title else _auto_class(model),
         repo_id=repo_id,
         has_remote_code=has_remote_code,
         structures=_markdown_table(

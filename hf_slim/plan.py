@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import has_adapters
 from .arguments import CriterionName, ScopeName, SlimConfig
 from .auto_slim import find_entry_structures, read_entry
 from .discovery import exclude_structures, find_structures, require_structures
@@ -170,7 +171,8 @@ def _require_gradients(model: nn.Module, plan: Plan) -> None:
     for structure in plan.structures:
         for member in structure.outputs:
             if not get_tensor(model, member.tensor).requires_grad:
+                later = " Or slim first, and add the adapters to the slim model." if has_adapters(model) else ""
                 raise ValueError(
                     f"{member.tensor} is frozen, so slim_criterion={plan.criterion!r} cannot score {structure.name}: "
-                    "train it, exclude it with slim_exclude, or use slim_criterion='magnitude'."
+                    f"train it, exclude it with slim_exclude, or use slim_criterion='magnitude'.{later}"
                 )

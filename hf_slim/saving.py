@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from .adapters import REMEDY, has_adapters, merge_adapters
 from .arguments import SlimConfig
 from .auto_slim import model_slim
 from .callback import SlimTrainerCallback
+from .containers import can_save, check_container, copy_model, find_pretrained, save_container
 from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
-from .loading import RECORD_KEY, REMOTE_MODULE, count_left, find_stock_class
-from .model_card import make_model_card
-from .remote_code import make_remote_code
+from .loading import count_left, find_stock_class
+from .model_card import write_model_card
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 
 def save_slimmed(
-    trainer_or_model: Trainer | PreTrainedModel,
+    trainer_or_model: Trainer | nn.Module,
     output_dir: str | os.PathLike[str],
     *,
     processing_class: Any = None,
@@ -55,7 +55,9 @@ def save_slimmed(
     so every process has to call this.
 
     Args:
-        trainer_or_model: The `Trainer` after training, or any model with zero units.
+        trainer_or_model: The `Trainer` after training, or any model with zero units: a transformers model, one with
+            adapters, which are merged into what is saved, or a module that holds transformers models and saves itself
+            and them by `save_pretrained`.
         output_dir: The folder.
         processing_class: Tokenizer or processor to save along; the trainer's own if it is not given.
         verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
@@ -84,6 +86,8 @@ def save_slimmed(
     if hub_kwargs and not push_to_hub:
         raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
     _refuse_unknown_keywords(hub_kwargs)
+    if inplace and has_adapters(model):
+        raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     target = check_folder(output_dir)
     refuse_strategy(model)
     multiple = _round_to(trainer)
@@ -92,7 +96,7 @@ def save_slimmed(
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
 
-    def save(whole: PreTrainedModel) -> SlimReport:
+    def save(whole: nn.Module) -> SlimReport:
         slim, report, inputs = _slim_copy(whole, multiple, verify)
         _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
         if push_to_hub:
@@ -103,7 +107,7 @@ def save_slimmed(
         if inplace:
             raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
         gathered = gather_model(model)
-        return run_in_first_process(lambda: save(gathered))
+        return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
     report = save(model) if is_first_process() else _slim_copy(model, multiple, verify=False)[1]
     if inplace:
         model_slim(model, multiple)
@@ -111,27 +115,30 @@ def save_slimmed(
 
 
 def _slim_copy(
-    model: PreTrainedModel, multiple: int, verify: bool | Mapping[str, Any]
-) -> tuple[PreTrainedModel, SlimReport, dict[str, Any] | None]:
+    model: nn.Module, multiple: int, verify: bool | Mapping[str, Any]
+) -> tuple[nn.Module, SlimReport, list[dict[str, Any]]]:
     """A slim copy of a model, what became smaller, and the inputs on which it was compared with the model."""
-    structures = require_structures(model, find_structures(model))
     slim = _copy(model)
-    inputs = dict(verify) if isinstance(verify, Mapping) else make_inputs(model) if verify else None
-    expected = compute_outputs(slim, inputs) if inputs is not None else None
+    parts = find_pretrained(slim)
+    inputs = _make_inputs(parts, verify)
+    expected = [compute_outputs(part, batch) for part, batch in zip(parts, inputs, strict=True)] if inputs else []
+    slim = merge_adapters(slim)
+    structures = require_structures(slim, find_structures(slim))
+    parameters, size = count_parameters(slim), count_bytes(slim)
     model_slim(slim, multiple)
-    if inputs is not None and expected is not None:
+    for part, batch, wanted in zip(parts, inputs, expected, strict=False):
         try:
-            actual = compute_outputs(slim, inputs)
+            actual = compute_outputs(part, batch)
         except ValueError as error:
             raise VerificationError(
                 f"The masked model runs, but the slimmed one does not, so a structure was taken for something that it "
                 f"is not. Nothing was saved. Leave it out with slim_exclude. {error.__cause__}"
             ) from error
-        compare_outputs(expected, actual)
+        compare_outputs(wanted, actual)
     report = SlimReport(
-        count_parameters(model),
+        parameters,
         count_parameters(slim),
-        count_bytes(model),
+        size,
         count_bytes(slim),
         tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in structures),
     )
@@ -142,27 +149,25 @@ def _slim_copy(
 
 def _write_folder(
     target: Path,
-    slim: PreTrainedModel,
+    slim: nn.Module,
     report: SlimReport,
     name: str,
     processing_class: Any,
-    inputs: dict[str, Any] | None,
+    inputs: list[dict[str, Any]],
     metrics: dict[str, float],
     max_shard_size: int | str | None,
 ) -> None:
     with replacing(target) as folder:
-        remote = make_remote_code(slim) if hasattr(slim.config, RECORD_KEY) else None
-        if remote is not None:
-            slim.config.auto_map = remote[1]
-        slim.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-        if remote is not None:
-            (folder / f"{REMOTE_MODULE}.py").write_text(remote[0], encoding="utf-8")
+        saved = save_container(slim, folder, max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
-        card = make_model_card(slim, report, repo_id=name, has_remote_code=remote is not None, metrics=metrics)
-        card.save(folder / "README.md")
-        if inputs is not None:
-            _check_reload(folder, slim, inputs)
+        write_model_card(saved[0].model, report, folder, name, saved[0].has_remote_code, metrics)
+        if inputs:
+            batches = dict(zip(find_pretrained(slim), inputs, strict=True))
+            for part, place, _ in saved:
+                _check_reload(place, part, batches[part])
+            if not isinstance(slim, PreTrainedModel):
+                check_container(slim, folder)
 
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -203,22 +208,32 @@ def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_i
         )
 
 
-def _unwrap(model: Any) -> PreTrainedModel:
+def _unwrap(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, nn.Module) or not can_save(model):
         raise ValueError(
-            f"save_slimmed takes a Trainer or a PreTrainedModel, got {type(model).__name__}. For another module call "
-            "model_slim and save it yourself."
+            f"save_slimmed takes a Trainer or a PreTrainedModel, got {type(model).__name__}, which holds no "
+            "PreTrainedModel that it could save. For another module call model_slim and save it yourself."
         )
     return model
 
 
-def _copy(model: PreTrainedModel) -> PreTrainedModel:
+def _copy(model: nn.Module) -> nn.Module:
     """A copy without gradients and without what accelerate wrapped around the forward pass."""
-    slim = copy.deepcopy(model)
+    slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+
+
+def _make_inputs(parts: list[PreTrainedModel], verify: bool | Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch for each of the transformers models; none for none of them where nothing is to be verified."""
+    if not isinstance(verify, Mapping):
+        return [make_inputs(part) for part in parts] if verify else []
+    if len(parts) > 1:
+        names = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(f"verify: one batch cannot be for {len(parts)} models ({names}); pass True or False.")
+    return [dict(verify)]
 
 
 def _round_to(trainer: Trainer | None) -> int:

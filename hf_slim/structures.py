@@ -15,7 +15,7 @@ class UnaccountedError(ValueError):
 
 
 Kind = Literal["ffn", "mha"]
-Role = Literal["output", "input", "extra", "norm"]
+Role = Literal["output", "input", "extra", "norm", "adapter"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,9 @@ class Member:
         dim: The dimension along which the units lie.
         index: Positions along `dim`, shape `[units, k]`.
         role: `output` for the weight that reads the units (FFN2, output projection), `input` for the weights that
-            make them, `norm` for the weight of an RMS norm over all units together, `extra` for what else belongs to
-            a unit (biases, relative-position tables).
+            make them, `norm` for the weight of an RMS norm over all units together, `adapter` for what an adapter
+            beside an `output` reads of the units, `extra` for what else belongs to a unit (biases, relative-position
+            tables, what an adapter adds to an `input`).
     """
 
     tensor: str
@@ -91,12 +92,12 @@ class Structure:
     def deciders(self) -> tuple[Member, ...]:
         """The members that must be zero for a unit to contribute nothing.
 
-        That is its columns in the output; with a norm over all units also what makes it, since a unit that is zero
-        only behind the norm still changes the mean of the squares.
+        That is its columns in the output, those of adapters included; with a norm over all units also what makes it,
+        since a unit that is zero only behind the norm still changes the mean of the squares.
         """
         if any(m.role == "norm" for m in self.members):
             return tuple(m for m in self.members if m.role != "norm")
-        return self.outputs
+        return tuple(m for m in self.members if m.role in ("output", "adapter"))
 
     def positions(self, units: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
         """Where units lie in the tensors.

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 EXEMPT = (
@@ -43,7 +44,8 @@ def find_commands(block: str) -> list[str]:
 
 def run_page(page: Path) -> None:
     """Run the blocks of a page."""
-    namespace = {"__name__": "__main__"}
+    script = sys.modules["__main__"] = ModuleType("__main__")  # classes of the page can be found by pickle
+    namespace = vars(script)
     printed = ""
     for block in find_blocks(page):
         print(f"--- {page.name}, line {block.line}: {block.language}", file=sys.stderr, flush=True)

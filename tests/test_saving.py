@@ -349,29 +349,6 @@ def test_the_current_folder(tmp_path, monkeypatch):
     AutoModelForSequenceClassification.from_pretrained(".")
 
 
-def test_an_interruption_while_moving_loses_nothing_and_leaves_no_mixture(tmp_path, monkeypatch):
-    build("bert").save_pretrained(tmp_path)
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    replace, moved = os.replace, []
-
-    def interrupted(source, target):
-        moved.append(target)
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr("hf_slim.saving.os.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_slimmed(masked(), tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "checkpoint-3").is_dir()
-    assert not (tmp_path / "config.json").exists()
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-    monkeypatch.undo()
-    save_slimmed(masked(), tmp_path)
-    AutoModelForSequenceClassification.from_pretrained(tmp_path)
-
-
 def test_the_remote_code_of_an_old_model_goes(tmp_path):
     save_slimmed(masked(), tmp_path)
     assert (tmp_path / "modeling_hf_slim.py").exists()

@@ -45,14 +45,15 @@ def find_zero_optimizer(optimizer: Any) -> Any | None:
     return inner
 
 
-def call_before_step(zero_optimizer: Any, function: Callable[[], None]) -> Callable[[], None]:
+def call_before_step(zero_optimizer: Any, function: Callable[[float], None]) -> Callable[[], None]:
     """Have a function called when the gradients of an optimizer step are reduced and not yet used.
 
     Accelerate runs backward and step in one call, so `on_pre_optimizer_step` comes too late.
 
     Args:
         zero_optimizer: From `find_zero_optimizer`.
-        function: Called on every rank before each optimizer step, also one that an overflow skips.
+        function: Called on every rank before each optimizer step, also one that an overflow skips, with the loss
+            scale, by which gradients are too large.
 
     Returns:
         A function that undoes this.
@@ -61,11 +62,11 @@ def call_before_step(zero_optimizer: Any, function: Callable[[], None]) -> Calla
 
     @functools.wraps(step)
     def step_after(*args: Any, **kwargs: Any) -> Any:
-        function()
+        function(getattr(zero_optimizer, "loss_scale", 1.0))  # BF16_Optimizer has none
         return step(*args, **kwargs)
 
     zero_optimizer.step = step_after
-    return lambda: delattr(zero_optimizer, "step")
+    return lambda: setattr(zero_optimizer, "step", step)
 
 
 def clip_factor(zero_optimizer: Any) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from conftest import build, make_batch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_slim import find_structures
 from hf_slim.zero import (
@@ -50,10 +50,10 @@ class Watch(TrainerCallback):
         if self.zero is not None:
             self.undo = call_before_step(self.zero, self.score_parts)
 
-    def score_parts(self):
+    def score_parts(self, loss_scale):
         self.order.append("score")
         sums = [sum_positions(t, m.dim, torch.mul, gradient=True) for t, m in self.members]
-        self.pending = torch.cat(reduce_sums(self.zero, sums)) / self.zero.loss_scale
+        self.pending = torch.cat(reduce_sums(self.zero, sums)) / loss_scale
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.order.append("pre")
@@ -82,8 +82,8 @@ class Watch(TrainerCallback):
         """Non-zero numbers at the places of dropped units, in the parameters and in the fp32 master copies."""
         if self.zero is None:
             return sum(int((t.detach().index_select(dim, where) != 0).sum()) for t, dim, where in self.zeros)
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         count = 0
         for tensor, dim, where in self.zeros:
@@ -142,7 +142,9 @@ def main():
                 "saved": saved,
                 "sizes": torch.cat(sums).cpu(),
                 "members": [(m.tensor, m.dim) for _, m in watch.members],
-                "zeros": [(n, d, w) for (n, p) in trainer.model.named_parameters() for t, d, w in watch.zeros if t is p],
+                "zeros": [
+                    (n, d, w) for (n, p) in trainer.model.named_parameters() for t, d, w in watch.zeros if t is p
+                ],
                 "same_structures": same,
                 "kind": type(watch.zero).__name__,
             },

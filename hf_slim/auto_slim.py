@@ -149,9 +149,10 @@ def model_slim(model: nn.Module, round_multiplier: int = 32) -> nn.Module:
             slim.
     """
     check_whole("round_multiplier", round_multiplier)
+    found = find_structures(model)
     if has_adapters(model):
         raise ValueError(f"{type(model).__name__} has adapters, so it cannot be made smaller. {REMEDY}")
-    structures = require_structures(model, find_structures(model))
+    structures = require_structures(model, found)
     empty = [member.tensor for s in structures for member in s.members if get_tensor(model, member.tensor).is_meta]
     if empty:
         raise ValueError(f"{empty[0]} is on the meta device, where tensors have no values: load the model whole.")

@@ -60,9 +60,17 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self._refuse_second(state)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
+        if self.slimming is not None:
+            self.slimming.close()
         self.slimming = None
         self._refuse_second(state)
         refuse_strategy(model, args)
@@ -74,7 +82,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
                 "nothing dropped so far and fractions counted of the steps that remain."
             )
         begin = state.global_step if saved is None else 0
-        self.slimming = Slimming(model, settings, state.max_steps, begin=begin, saved=saved)
+        self.slimming = Slimming(model, settings, state.max_steps, begin=begin, saved=saved, optimizer=optimizer)
         if not self.slimming.plans:
             warnings.warn(
                 "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
@@ -133,6 +141,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so if training ended before the schedule did."""
+        self._running.close()
         if not self._running.has_reached_target:
             logger.warning(
                 f"Training ended at step {state.global_step}, before the last pruning step, "

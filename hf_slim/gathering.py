@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,15 +13,17 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed
 
 from .sharding import is_sharded
+from .zero import is_partitioned, whole_state_dict
 
 Result = TypeVar("Result")
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether each process holds only a part of a model."""
-    return any(is_sharded(tensor) for tensor in model.parameters())
+    return any(is_sharded(tensor) or is_partitioned(tensor) for tensor in model.parameters())
 
 
 def is_first_process() -> bool:
@@ -47,7 +50,10 @@ def gather_model(model: nn.Module) -> PreTrainedModel | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if any(is_partitioned(tensor) for tensor in model.parameters()):
+        weights: dict[str, Any] = whole_state_dict(model)
+    else:
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not is_first_process():
         return None
     own: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
@@ -78,7 +84,8 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
     failure: BaseException | None = None
     if is_first_process():
         try:
-            outcome[0] = function()
+            with _models_whole():
+                outcome[0] = function()
         except Exception as error:
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
@@ -88,3 +95,16 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise RuntimeError(f"The first process failed: {outcome[1]}")
     return outcome[0]
+
+
+@contextmanager
+def _models_whole() -> Iterator[None]:
+    """Load models whole, although DeepSpeed's stage 3 is in use, which takes them apart as they are loaded."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

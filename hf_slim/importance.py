@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,13 +11,14 @@ from torch import nn
 from .arguments import CriterionName
 from .sharding import find_local, sum_over_shards
 from .structures import Member, Structure, get_tensor
+from .zero import sum_places, whole_shape
 
 SMOOTHING = 0.9
 """What remains of the earlier score at each optimizer step."""
 
 
 def score_structures(
-    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName
+    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName, zero: Any = None
 ) -> dict[str, torch.Tensor]:
     """Score the units of structures at one optimizer step.
 
@@ -31,13 +33,17 @@ def score_structures(
             are sharded, every process has to call this.
         structures: Its structures.
         criterion: `magnitude`, `snip_momentum` or `taylor`.
+        zero: DeepSpeed's ZeRO optimizer, where it holds the weights and gradients; every process has to call this.
 
     Returns:
         For each structure's name a float32 tensor of shape `[units]`; larger is more important.
     """
     scored = {s.name: _scored_members(s, criterion) for s in structures}
     places = dict.fromkeys((m.tensor, m.dim) for members in scored.values() for m in members)
-    sums = sum_over_shards(model, {place: _sum_products(model, *place, criterion) for place in places})
+    if zero is None:
+        sums = sum_over_shards(model, {place: _sum_products(model, *place, criterion) for place in places})
+    else:
+        sums = sum_places(zero, model, places, _PRODUCTS[criterion], gradient=criterion != "magnitude")
     scores = {}
     for name, members in scored.items():
         parts = [sums[m.tensor, m.dim][m.index.to(sums[m.tensor, m.dim].device)].sum(1) for m in members]
@@ -76,6 +82,14 @@ def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch
     return current if previous is None else previous.to(current.device).mul(SMOOTHING).add_(current)
 
 
+_PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
+    "magnitude": torch.abs,
+    "snip_momentum": lambda weight, gradient: (weight * gradient).abs(),
+    "taylor": torch.mul,
+}
+"""What is scored, where the weight is not at hand as a whole row or column."""
+
+
 def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
     whole_head = structure.kind == "mha" and criterion != "taylor"
     return [m for m in structure.members if m.role == "output" or (whole_head and m.role == "input")]
@@ -99,4 +113,5 @@ def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionNam
 
 def _weights_per_unit(model: nn.Module, member: Member) -> float:
     weight = get_tensor(model, member.tensor)
-    return member.index.shape[1] * weight.numel() / weight.shape[member.dim]
+    shape = whole_shape(weight)
+    return member.index.shape[1] * shape.numel() / shape[member.dim]

@@ -10,6 +10,8 @@ from torch import nn
 
 from .sharding import find_local, sum_over_shards
 from .structures import Masks, Structure, get_tensor
+from .zero import sum_places
+from .zero import write_zeros as write_zeros_everywhere
 
 Zeros = Sequence[tuple[str, int, torch.Tensor]]
 """Tensor names, dimensions and positions to be written with zeros."""
@@ -26,20 +28,25 @@ def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
     write_zeros(model, find_zeros(model, structures, masks))
 
 
-def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks) -> Zeros:
+def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, zero: Any = None) -> Zeros:
     """Work out where `write_zeros` is to write, once for many optimizer steps.
 
     Args:
         model: The model that the structures were found in.
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        zero: DeepSpeed's ZeRO optimizer, if there is one.
 
     Returns:
-        For each tensor and dimension the positions in this process's part of it, on the tensor's device.
+        For each tensor and dimension the positions in this process's part of it, on the tensor's device; with ZeRO
+        those in the whole tensor.
     """
     zeros = []
     for structure in structures:
         for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            if zero is not None:
+                zeros.append((name, dim, where))
+                continue
             local, begin = find_local(get_tensor(model, name))
             where = where - begin[dim]
             where = where[(where >= 0) & (where < local.shape[dim])]
@@ -49,7 +56,7 @@ def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
 
 
 @torch.no_grad()
-def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None) -> None:
+def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None, zero: Any = None) -> None:
     """Write the zeros that `find_zeros` worked out.
 
     Args:
@@ -57,7 +64,12 @@ def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None) -> None:
         zeros: Where.
         optimizer: The optimizer, if any. One that keeps weights of its own and puts them into the model for evaluation
             (schedule-free: Defazio et al. 2024, arXiv:2405.15682) gets the zeros there, too.
+        zero: DeepSpeed's ZeRO optimizer, if there is one; its own copy of the weights gets the zeros, too.
     """
+    if zero is not None:
+        for name, dim, where in zeros:
+            write_zeros_everywhere(get_tensor(model, name), dim, where)
+        return
     inner = getattr(optimizer, "optimizer", optimizer)
     state = inner.state if callable(getattr(inner, "eval", None)) else {}
     for name, dim, where in zeros:
@@ -68,7 +80,7 @@ def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None) -> None:
 
 
 def find_zero_units(
-    model: nn.Module, structures: Iterable[Structure], *, whole: bool = False
+    model: nn.Module, structures: Iterable[Structure], *, whole: bool = False, zero: Any = None
 ) -> dict[str, torch.Tensor]:
     """Find the units that contribute nothing to the output.
 
@@ -79,6 +91,7 @@ def find_zero_units(
         model: The model that the structures were found in.
         structures: Its structures.
         whole: Ask for zeros in every tensor of the unit.
+        zero: DeepSpeed's ZeRO optimizer, if there is one.
 
     Returns:
         Masks on the CPU: for each structure's name a boolean tensor of shape `[units]`, False for the units that are
@@ -86,7 +99,12 @@ def find_zero_units(
     """
     asked = {s.name: s.members if whole else s.deciders for s in structures}
     places = dict.fromkeys((m.tensor, m.dim) for members in asked.values() for m in members)
-    counts = sum_over_shards(model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places})
+    if zero is None:
+        counts = sum_over_shards(
+            model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places}
+        )
+    else:
+        counts = sum_places(zero, model, places, lambda weight: (weight != 0).float(), gradient=False)
     used = {place: (count > 0).cpu() for place, count in counts.items()}
     return {
         name: torch.stack([used[m.tensor, m.dim][m.index].any(1) for m in members]).any(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .masking import Zeros, find_zero_units, find_zeros, write_zeros
 from .plan import Plan, make_plans, to_state
 from .selection import select_units
 from .structures import Structure, get_tensor, total_units
+from .zero import call_before_step, clip_factor, find_zero_optimizer, whole_shapes
 
 Settings = SlimConfig | Sequence[dict[str, Any]]
 
@@ -30,6 +31,7 @@ class Slimming:
         max_steps: Optimizer steps of the whole training.
         begin: Optimizer steps done before slimming begins; fractions in the settings are of those that remain.
         saved: What `to_state` gave when a checkpoint was written, to go on from there.
+        optimizer: What the Trainer hands to callbacks.
 
     Attributes:
         plans: What is removed, and when.
@@ -48,22 +50,32 @@ class Slimming:
         *,
         begin: int = 0,
         saved: Mapping[str, Any] | None = None,
+        optimizer: Any = None,
     ) -> None:
         """See the class."""
         self.settings = settings
+        self._zero = find_zero_optimizer(optimizer)
         steps = None
         if saved is not None:
             _refuse_other_settings(saved, settings)
             steps = [list(plan_steps) for plan_steps in saved["steps"]]
-        self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps)
-        self.masks = find_zero_units(model, self.structures, whole=True)
+        with whole_shapes(model):
+            self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps)
+        self.masks = find_zero_units(model, self.structures, whole=True, zero=self._zero)
         self._scores: dict[str, torch.Tensor] = {}
         self._pending: dict[str, torch.Tensor] = {}
         self._events = [0] * len(self.plans)
         if saved is not None:
             self._take_up(saved)
-        self._zeros: Zeros = find_zeros(model, self.structures, self.masks)
-        write_zeros(model, self._zeros)
+        self._zeros: Zeros = find_zeros(model, self.structures, self.masks, self._zero)
+        write_zeros(model, self._zeros, zero=self._zero)
+        self._undo: Callable[[], None] = lambda: None
+        if self._zero is not None:
+            self._undo = call_before_step(self._zero, lambda scale: self._score(model, 1 / scale))
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        self._undo()
 
     @property
     def structures(self) -> list[Structure]:
@@ -91,14 +103,9 @@ class Slimming:
         Raises:
             RuntimeError: If no gradient is there, or one is NaN or infinite.
         """
-        self._pending = {}
-        scored: dict[Any, list[Structure]] = {}
-        for plan, events in zip(self.plans, self._events, strict=True):
-            if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
-                scored.setdefault(plan.criterion, []).extend(plan.structures)
-        for criterion, structures in scored.items():
-            _require_gradients(model, structures, step)
-            self._pending.update(score_structures(model, structures, criterion))
+        if self._zero is not None:
+            return  # the step has been taken already, and the units scored right before it
+        self._score(model)
         if not may_be_skipped:
             _refuse_nonfinite(self._pending, step)
 
@@ -114,10 +121,11 @@ class Slimming:
         Raises:
             RuntimeError: If scores are NaN or infinite.
         """
-        if not skipped:
+        if not skipped and self._pending:
             _refuse_nonfinite(self._pending, step)
+            factor = 1.0 if self._zero is None else clip_factor(self._zero)
             for name, scores in self._pending.items():
-                self._scores[name] = smooth_scores(self._scores.get(name), scores)
+                self._scores[name] = smooth_scores(self._scores.get(name), scores * factor)
         self._pending = {}
         changed = False
         for number, plan in enumerate(self.plans):
@@ -129,8 +137,8 @@ class Slimming:
                     for structure in plan.structures:
                         self._scores.pop(structure.name, None)
         if changed:
-            self._zeros = find_zeros(model, self.structures, self.masks)
-        write_zeros(model, self._zeros, optimizer)
+            self._zeros = find_zeros(model, self.structures, self.masks, self._zero)
+        write_zeros(model, self._zeros, optimizer, self._zero)
 
     def sparsities(self) -> dict[str, float]:
         """The sparsity in force.
@@ -156,6 +164,18 @@ class Slimming:
             "scores": {name: scores.tolist() for name, scores in self._scores.items()},
         }
 
+    def _score(self, model: nn.Module, scale: float = 1.0) -> None:
+        self._pending = {}
+        scored: dict[Any, list[Structure]] = {}
+        for plan, events in zip(self.plans, self._events, strict=True):
+            if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
+                scored.setdefault(plan.criterion, []).extend(plan.structures)
+        for criterion, structures in scored.items():
+            if self._zero is None:
+                _require_gradients(model, structures)
+            for name, scores in score_structures(model, structures, criterion, self._zero).items():
+                self._pending[name] = scores * scale
+
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         units = {s.name: s.units for s in self.structures}
         if set(saved["dropped"]) != set(units):
@@ -179,7 +199,7 @@ class Slimming:
         """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
         scores = self._scores
         if plan.criterion == "magnitude":
-            scores = score_structures(model, plan.structures, plan.criterion)
+            scores = score_structures(model, plan.structures, plan.criterion, self._zero)
             _refuse_nonfinite(scores, step)
         if any(s.name not in scores for s in plan.structures):
             return False
@@ -241,10 +261,10 @@ def _agree(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(scores, together.split([len(values) for values in scores.values()]), strict=True))
 
 
-def _require_gradients(model: nn.Module, structures: Sequence[Structure], step: int) -> None:
+def _require_gradients(model: nn.Module, structures: Sequence[Structure]) -> None:
     if all(get_tensor(model, member.tensor).grad is None for s in structures for member in s.outputs):
         raise RuntimeError(
-            f"At step {step} there is no gradient in any of the {len(structures)} structures that are to be scored. "
+            f"There is no gradient in any of the {len(structures)} structures that are to be scored at this step. "
             "Optimizers that step during the backward pass (LOMO, layer-wise GaLore and Apollo) leave none: use "
             "another optimizer, or slim_criterion='magnitude'."
         )

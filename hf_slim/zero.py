@@ -6,14 +6,16 @@ Every rank sums over, and writes into, the part of a tensor that it owns; no ten
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DeepSpeedOptimizerWrapper
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import distributed, nn
+
+from .structures import get_tensor
 
 _SUPPORTED = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer"}
 
@@ -98,7 +100,7 @@ def sum_positions(
     Returns:
         float32 tensor of shape `[size of dim]` on the model's device, for `reduce_sums`; zeros without a gradient.
     """
-    shape = _shape(tensor)
+    shape = whole_shape(tensor)
     stride, size = shape[dim + 1 :].numel(), shape[dim]
     start, length = _own_range(tensor)
     if not length or (gradient and not tensor.requires_grad):
@@ -107,6 +109,31 @@ def sum_positions(
     values = function(weight, _own_gradient(tensor)[:length]) if gradient else function(weight)
     rows = _pad(values.float(), start, stride).view(-1, stride).sum(1)
     return _pad(rows, start // stride, size).view(-1, size).sum(0).to(tensor.device)
+
+
+def sum_places(
+    zero_optimizer: Any,
+    model: nn.Module,
+    places: Iterable[tuple[str, int]],
+    function: Callable[..., torch.Tensor],
+    *,
+    gradient: bool,
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Sum a function of weight and gradient over all dimensions but one, in whole tensors; on all ranks.
+
+    Args:
+        zero_optimizer: From `find_zero_optimizer`.
+        model: The model.
+        places: Dotted names of tensors and their dimensions.
+        function: As for `sum_positions`.
+        gradient: As for `sum_positions`.
+
+    Returns:
+        For each place a float32 tensor of shape `[size of dim]`, the same on every rank.
+    """
+    chosen = list(places)
+    sums = [sum_positions(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
+    return dict(zip(chosen, reduce_sums(zero_optimizer, sums), strict=True))
 
 
 def reduce_sums(zero_optimizer: Any, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -133,21 +160,31 @@ def write_zeros(tensor: Any, dim: int, where: torch.Tensor) -> None:
         dim: The dimension along which the positions lie.
         where: The positions, int64.
     """
-    if tensor.shape == _shape(tensor):
+    if tensor.shape == whole_shape(tensor):
         tensor.data.index_fill_(dim, where.to(tensor.device), 0)
     start, length = _own_range(tensor)
-    if not length or not hasattr(tensor, "ds_id") and not hasattr(tensor, "_hp_mapping"):
+    if not length or not is_partitioned(tensor) and not hasattr(tensor, "_hp_mapping"):
         return
     dropped = _own_mask(tensor, dim, where, start, length)
-    if hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor):
         tensor.ds_tensor.data[:length].masked_fill_(dropped.to(tensor.ds_tensor.device), 0)
     if tensor.requires_grad:
         weight = _own_weight(tensor)
         weight[:length].masked_fill_(dropped.to(weight.device), 0)
-        if hasattr(tensor, "ds_id"):  # what was read may be a copy, where the optimizer is offloaded
+        if is_partitioned(tensor):  # what was read may be a copy, where the optimizer is offloaded
             from deepspeed.utils import safe_set_local_fp32_param
 
             safe_set_local_fp32_param(tensor, weight)
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether stage 3 has taken a parameter apart."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a tensor, also of a parameter that stage 3 has taken apart."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @contextmanager
@@ -157,10 +194,10 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any model; unchanged afterwards.
     """
-    kept = [(p, p.data) for p in model.parameters() if p.shape != _shape(p)]
+    kept = [(p, p.data) for p in model.parameters() if p.shape != whole_shape(p)]
     try:
         for parameter, data in kept:
-            parameter.data = data.new_empty(()).expand(_shape(parameter))
+            parameter.data = data.new_empty(()).expand(whole_shape(parameter))
         yield
     finally:
         for parameter, data in kept:
@@ -187,13 +224,9 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _shape(tensor: torch.Tensor) -> torch.Size:
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
-
-
 def _own_range(tensor: Any) -> tuple[int, int]:
     """Start and length of what this rank owns of the flattened tensor; rank 0 owns what is not taken apart."""
-    if hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor):
         part = tensor.ds_tensor.numel()
         start = part * distributed.get_rank(tensor.ds_process_group)
         return start, max(0, min(part, tensor.ds_numel - start))
@@ -205,7 +238,7 @@ def _own_range(tensor: Any) -> tuple[int, int]:
 
 def _own_weight(tensor: Any) -> torch.Tensor:
     """The fp32 weights that this rank owns, flat, with padding; a copy at stage 3 with offloading."""
-    if hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor):
         from deepspeed.utils import safe_get_local_fp32_param
 
         return safe_get_local_fp32_param(tensor) if tensor.requires_grad else tensor.ds_tensor.data.float()
@@ -216,7 +249,7 @@ def _own_weight(tensor: Any) -> torch.Tensor:
 
 def _own_gradient(tensor: Any) -> torch.Tensor:
     """The gradients that this rank owns, reduced over the ranks, flat, with padding."""
-    if hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor):
         from deepspeed.utils import safe_get_local_grad
 
         return safe_get_local_grad(tensor)
@@ -227,7 +260,7 @@ def _own_gradient(tensor: Any) -> torch.Tensor:
 
 
 def _own_mask(tensor: torch.Tensor, dim: int, where: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    shape = _shape(tensor)
+    shape = whole_shape(tensor)
     stride, size = shape[dim + 1 :].numel(), shape[dim]
     first = start // stride
     rows = (start + length - 1) // stride - first + 1

@@ -1,5 +1,7 @@
 """One training in one process or in several: `torchrun --nproc_per_node 2 tests/distributed.py fsdp llama out`.
 
+The ways are `single`, `ddp`, `fsdp` (FSDP2), and `zero2` and `zero3` (DeepSpeed, where it is installed).
+
 Writes the masks, the weights and what was logged to `out`, and the slim model to `out/slim`. `compare` says how the
 results of two of these runs differ.
 """
@@ -42,21 +44,18 @@ class MaskLog(TrainerCallback):
 
 def train(mode: str, name: str, out: Path, slim: bool = True, **changes: object) -> None:
     """Train a tiny model with a whole schedule and save it slimmed."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     dense = out / "dense"
-    if rank == 0:
-        build(name, spread=0.05, **changes).save_pretrained(dense)
     config = {}
-    if mode != "single":
+    if mode.startswith("zero"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif mode != "single":
         dist.init_process_group("gloo")
-        dist.barrier()
-    if mode == "fsdp":
-        config = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=PLANS[name])}
-    model = CLASSES[name].from_pretrained(dense, **config)
     args = SlimTrainingArguments(
         out / "run",
+        deepspeed=_zero_config(int(mode[-1])) if mode.startswith("zero") else None,
         max_steps=12,
-        per_device_train_batch_size=GLOBAL_BATCH // (1 if mode == "single" else dist.get_world_size()),
+        per_device_train_batch_size=GLOBAL_BATCH // world,
         learning_rate=1e-3,
         logging_steps=1,
         save_strategy="no",
@@ -71,13 +70,20 @@ def train(mode: str, name: str, out: Path, slim: bool = True, **changes: object)
         slim_start=2,
         slim_end=8,
     )
+    if rank == 0:
+        build(name, spread=0.05, **changes).save_pretrained(dense)
+    if mode == "fsdp":
+        config = {"distributed_config": DistributedConfig(fsdp_size=world, fsdp_plan=PLANS[name])}
+    if mode != "single":
+        dist.barrier()
+    model = CLASSES[name].from_pretrained(dense, **config)
     log = MaskLog()
     callbacks = [SlimTrainerCallback(), log] if slim else []
     trainer = Trainer(model, args, train_dataset=make_data(build(name, **changes)), callbacks=callbacks)
     log.slim = slim_callback(trainer) if slim else None
     trainer.train()
+    (out / f"peak-{rank}.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     if slim:
-        trainer.save_model(out / "masked")
         report = save_slimmed(trainer, out / "slim")
         result = {
             "masks": log.steps,
@@ -85,9 +91,19 @@ def train(mode: str, name: str, out: Path, slim: bool = True, **changes: object)
             "parameters": report.parameters_after,
         }
         (out / f"result-{rank}.json").write_text(json.dumps(result))
-    (out / f"peak-{rank}.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     if mode != "single":
         dist.destroy_process_group()
+
+
+def _zero_config(stage: int) -> dict[str, object]:
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
 
 
 def compare(one: Path, several: Path) -> dict[str, float]:
@@ -98,7 +114,8 @@ def compare(one: Path, several: Path) -> dict[str, float]:
         several: What the other wrote.
 
     Returns:
-        Steps with other masks in any process; the largest difference of the weights of the masked and the slim model.
+        Steps with other masks in any process; the largest differences of the losses and of the weights of the slim
+        model.
     """
     expected = json.loads((one / "result-0.json").read_text())
     found = [json.loads(path.read_text()) for path in sorted(several.glob("result-*.json"))]
@@ -112,7 +129,7 @@ def compare(one: Path, several: Path) -> dict[str, float]:
         ),
         "other_parameters": sum(result["parameters"] != expected["parameters"] for result in found),
         "loss": max(abs(a - b) for a, b in zip(found[0]["losses"], expected["losses"], strict=True)),
-        **{kind: _largest_difference(one / kind, several / kind) for kind in ("masked", "slim")},
+        "weights": _largest_difference(one / "slim", several / "slim"),
     }
 
 
@@ -124,9 +141,12 @@ def _largest_difference(one: Path, other: Path) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=["single", "ddp", "fsdp"])
+    parser.add_argument("mode", choices=["single", "ddp", "fsdp", "zero2", "zero3"])
     parser.add_argument("model", choices=sorted(CLASSES))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--dense", action="store_true", help="without slimming")
+    parser.add_argument("--width", type=int, default=32, help="of the hidden states")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    train(options.mode, options.model, options.out, **EXACT[options.model])
+    sizes = {} if options.width == 32 else {"hidden_size": options.width, "intermediate_size": 4 * options.width}
+    train(options.mode, options.model, options.out, slim=not options.dense, **EXACT[options.model], **sizes)

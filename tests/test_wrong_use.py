@@ -494,7 +494,7 @@ CALLS = {
     "save: another module": (
         lambda tmp: save_slimmed(LINEAR, tmp / "slim"),
         ValueError,
-        "save_slimmed takes a Trainer or a PreTrainedModel, got Linear. For another module call model_slim",
+        "save_slimmed takes a Trainer or a PreTrainedModel, got Linear, which holds no PreTrainedModel that it could",
     ),
     "save: a name": (lambda tmp: save_slimmed("bert", tmp / "slim"), ValueError, "takes a Trainer .* got str"),
     "save: no model": (lambda tmp: save_slimmed(None, tmp / "slim"), ValueError, "takes a Trainer .* got NoneType"),

@@ -26,7 +26,7 @@ setup(
         "datasets",
         "evaluate",
     ],
-    extras_require={"test": TEST, "docs": DOCS, "integrations": INTEGRATIONS},
+    extras_require={"test": TEST, "docs": DOCS, "integrations": INTEGRATIONS, "deepspeed": ["deepspeed", "ninja"]},
     entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

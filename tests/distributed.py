@@ -97,7 +97,11 @@ def train(mode: str, name: str, out: Path, slim: bool = True, **changes: object)
 
 def _zero_config(stage: int) -> dict[str, object]:
     return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 100,  # biases stay whole, weights do not
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto",

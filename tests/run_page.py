@@ -1,7 +1,8 @@
 """Runs the code blocks of one Markdown page in order, in the current folder: `python tests/run_page.py README.md`.
 
-The `python` blocks share one namespace, as if they were one script. The `bash` blocks run in a shell. What an `output`
-block holds has to be what the block before it printed.
+The `python` blocks share one namespace, as if they were one script; one that begins with a comment such as
+`# train.py` is written to the file of that name instead. The `bash` blocks run in a shell. What an `output` block
+holds has to be what the block before it printed.
 """
 
 import contextlib
@@ -49,7 +50,10 @@ def run_page(page: Path) -> None:
     printed = ""
     for block in find_blocks(page):
         print(f"--- {page.name}, line {block.line}: {block.language}", file=sys.stderr, flush=True)
-        if block.language == "python":
+        file = re.match(r"# (\w+\.py)\n", block.text)
+        if block.language == "python" and file:
+            Path(file[1]).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
             stdout = io.StringIO()
             # Empty lines before the block give tracebacks the line numbers of the page.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")

@@ -46,6 +46,7 @@ def plain(tmp_path_factory):
     return train(tmp_path_factory.mktemp("plain"), 1, {"per_device_train_batch_size": 4})
 
 
+@pytest.mark.deepspeed
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="deepspeed on the CPU compiles an operator, and needs g++")
 @pytest.mark.parametrize(("stage", "more"), [(2, {}), (3, {}), (3, OFFLOAD)], ids=["2", "3", "3-offload"])

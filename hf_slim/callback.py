@@ -36,6 +36,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         """See the class."""
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
+        self.processes = 1
         self.slimming: Slimming | None = None
 
     @property
@@ -51,7 +52,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer saves in `trainer_state.json`: settings, schedule, dropped units and smoothed scores."""
         saved = self.slimming.to_state() if self.slimming is not None else None
-        return {"args": {"config": to_state(self.config)}, "attributes": {"saved": saved}}
+        return {
+            "args": {"config": to_state(self.config)},
+            "attributes": {"saved": saved, "processes": self.processes},
+        }
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,6 +78,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.slimming = None
         self._refuse_second(state)
         refuse_strategy(model, args)
+        self.processes = args.world_size
         settings = SlimConfig.from_arguments(args) if self.config is None else self.config
         saved = find_saved(state.stateful_callbacks) if state.global_step > 0 else None
         if state.global_step > 0 and saved is None:

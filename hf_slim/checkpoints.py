@@ -20,15 +20,14 @@ from .loading import find_damaged_weights
 logger = logging.get_logger(__name__)
 
 
-def find_whole_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str:
+def find_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     """The last checkpoint of a training that was written to its end.
 
-    The Trainer writes `trainer_state.json` last. A checkpoint without it, or with a part of it, is what a process
-    leaves behind that is killed while it saves.
+    The first process writes `trainer_state.json` last, and every process the state of its random numbers. A checkpoint
+    without one of these, or with a part of it, is what a training leaves behind that is killed while it saves.
 
     Args:
         output_dir: The folder of the training.
-        processes: How many processes train, each of which writes the state of its random numbers.
 
     Returns:
         The checkpoint's folder.
@@ -39,7 +38,7 @@ def find_whole_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     found.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     for path in found:
-        if not _is_cut_off(path, processes):
+        if not _is_cut_off(path):
             if path is not found[0]:
                 logger.warning(f"{found[0]} was not written to its end, so training resumes from {path}.")
             return str(path)
@@ -70,7 +69,7 @@ def install_resume_hook() -> None:
     def train(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(callback, SlimTrainerCallback) for callback in self.callback_handler.callbacks):
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = find_whole_checkpoint(self.args.output_dir, self.args.world_size)
+                resume_from_checkpoint = find_whole_checkpoint(self.args.output_dir)
             if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
                 check_checkpoint(resume_from_checkpoint)
         return original(self, resume_from_checkpoint, *args, **kwargs)
@@ -79,13 +78,25 @@ def install_resume_hook() -> None:
     Trainer.train = train
 
 
-def _is_cut_off(folder: Path, processes: int) -> bool:
-    state = folder / TRAINER_STATE_NAME
-    if not state.is_file() or state.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] != ["}"]:
+def _is_cut_off(folder: Path) -> bool:
+    path = folder / TRAINER_STATE_NAME
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if text.splitlines()[-1:] != ["}"]:
         return True
-    if processes == 1 or not (folder / "optimizer.pt").exists():
-        return False
-    return not all(zipfile.is_zipfile(folder / f"rng_state_{rank}.pth") for rank in range(processes))
+    return any(
+        not zipfile.is_zipfile(folder / f"rng_state_{rank}.pth") for rank in range(_count_writers(folder, text))
+    )
+
+
+def _count_writers(folder: Path, text: str) -> int:
+    """How many processes have written a state of random numbers of their own into a checkpoint."""
+    if not (folder / "optimizer.pt").exists():
+        return 0
+    try:
+        processes = json.loads(text)["stateful_callbacks"][SlimTrainerCallback.__name__]["attributes"]["processes"]
+    except (ValueError, KeyError, TypeError):
+        return 0  # not cut off, but damaged, or from before slimming was added
+    return processes if isinstance(processes, int) and processes > 1 else 0
 
 
 def _find_damaged(folder: Path) -> Iterator[tuple[Path, str]]:

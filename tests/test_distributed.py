@@ -45,3 +45,12 @@ def test_two_processes_do_what_one_does(mode, alone, tmp_path):
     assert (result["processes"], result["steps"], result["other_masks"], result["other_parameters"]) == (2, 12, 0, 0)
     assert result["loss"] < 1e-5
     assert result["weights"] < 1e-5
+
+
+def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(tmp_path):
+    command = ("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py", "ddp", "bert")
+    launch(*command, str(tmp_path / "whole"))
+    launch(*command, str(tmp_path / "resumed"), "--resume", str(tmp_path / "whole" / "run" / "checkpoint-5"))
+    result = compare(tmp_path / "whole", tmp_path / "resumed")
+    assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)
+    assert (result["loss"], result["weights"]) == (0, 0)

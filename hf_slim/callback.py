@@ -37,6 +37,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
+        self._scale: float | None = None
         self.slimming: Slimming | None = None
 
     @property
@@ -108,8 +109,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Score the units from the gradients of this step."""
-        may_be_skipped = getattr(optimizer, "scaler", None) is not None
-        self._running.score(model, state.global_step + 1, may_be_skipped=may_be_skipped)
+        self._scale = _loss_scale(optimizer)
+        self._running.score(model, state.global_step + 1, may_be_skipped=self._scale is not None)
 
     def on_optimizer_step(
         self,
@@ -124,7 +125,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         step = state.global_step + 1
         if not self._running.has_reached_target:
             _forget_best(state)
-            self._running.advance(model, optimizer, step, skipped=getattr(optimizer, "step_was_skipped", False))
+            # A fused optimizer skips steps unseen by accelerate; the loss scale falls all the same.
+            fell = self._scale is not None and optimizer.scaler.get_scale() < self._scale
+            skipped = fell or getattr(optimizer, "step_was_skipped", False)
+            self._running.advance(model, optimizer, step, skipped=skipped)
             if self._running.has_reached_target and args.metric_for_best_model is not None:
                 logger.info(f"The final sparsity is reached at step {step}; the best model is sought from here on.")
         else:
@@ -195,6 +199,11 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if saved is not None:
         check_saved(saved)
     return saved
+
+
+def _loss_scale(optimizer: Any) -> float | None:
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if scaler is not None else None
 
 
 def _forget_best(state: TrainerState) -> None:

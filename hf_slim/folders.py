@@ -122,7 +122,12 @@ def _exchange(new: Path, old: Path) -> None:
         exchanged = False
     if not exchanged:
         aside = new.with_name(f"{new.name}.old")
-        os.rename(old, aside)
-        os.rename(new, old)
+        try:
+            os.rename(old, aside)
+            os.rename(new, old)
+        except BaseException:
+            if not old.exists():  # or it would go with the temporary folder that it lies in now
+                os.rename(aside, old)
+            raise
     if here == old or old in here.parents:
         os.chdir(here)

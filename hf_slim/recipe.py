@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import SlimTrainingArguments
 from .callback import SlimTrainerCallback
+from .checkpoints import find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
 from .report import count_bytes, count_parameters, measure_latency
@@ -107,14 +108,10 @@ def run(
     _train(trainer)
     metrics = {"masked": _evaluate(trainer, setup.task)}
     models = {"masked": trainer.model}
-    with training_arguments.main_process_first(local=False, desc="slim model"):
-        if training_arguments.process_index == 0:
-            save_slimmed(
-                trainer,
-                slim_model,
-                push_to_hub=training_arguments.push_to_hub,
-                repo_id=training_arguments.hub_model_id,
-            )
+    save_slimmed(
+        trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id
+    )
+    trainer.accelerator.wait_for_everyone()
     loaded = _auto_class(setup.task).from_pretrained(slim_model)
     trainer = _make_trainer(setup, training_arguments, "masked", loaded)
     metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
@@ -273,8 +270,9 @@ def _make_trainer(
 
 def _train(trainer: Trainer) -> None:
     folder = trainer.args.output_dir
-    resume = trainer.args.resume_from_checkpoint and os.path.isdir(folder) and get_last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=resume or None)
+    has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
+    resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
+    trainer.train(resume_from_checkpoint=resume)
 
 
 def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:

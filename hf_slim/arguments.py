@@ -147,6 +147,7 @@ def _check_fields(values: SlimArgumentsMixin) -> None:
         _check_number(values, name)
         if not 0 <= getattr(values, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(values, name)}: it is the fraction to remove.")
+        setattr(values, name, float(getattr(values, name)))  # a hyperparameter search keeps the type
     for name in ("slim_start", "slim_end", "slim_frequency"):
         value = _check_number(values, name)
         if not 0 <= value < math.inf or (value >= 1 and value != int(value)):

@@ -37,6 +37,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.slimming: Slimming | None = None
+        self._scale: float | None = None  # the loss scale (fp16) before the optimizer step
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -95,8 +96,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Score the units from the gradients of this step."""
-        may_be_skipped = getattr(optimizer, "scaler", None) is not None
-        self._running.score(model, state.global_step + 1, may_be_skipped=may_be_skipped)
+        self._scale = _loss_scale(optimizer)
+        self._running.score(model, state.global_step + 1, may_be_skipped=self._scale is not None)
 
     def on_optimizer_step(
         self,
@@ -111,7 +112,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         step = state.global_step + 1
         if not self._running.has_reached_target:
             _forget_best(state)
-            self._running.advance(model, optimizer, step, skipped=getattr(optimizer, "step_was_skipped", False))
+            self._running.advance(model, optimizer, step, skipped=_was_skipped(optimizer, self._scale))
             if self._running.has_reached_target and args.metric_for_best_model is not None:
                 logger.info(f"The final sparsity is reached at step {step}; the best model is sought from here on.")
         else:
@@ -181,6 +182,18 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if saved is not None:
         check_saved(saved)
     return saved
+
+
+def _loss_scale(optimizer: Any) -> float | None:
+    scaler = getattr(optimizer, "scaler", None)
+    return None if scaler is None else scaler.get_scale()
+
+
+def _was_skipped(optimizer: Any, scale_before: float | None) -> bool:
+    """Whether gradients overflowed; fused optimizers skip in their kernel, and only the lower loss scale tells."""
+    scale = _loss_scale(optimizer)
+    lowered = scale is not None and scale_before is not None and scale < scale_before
+    return lowered or getattr(optimizer, "step_was_skipped", False)
 
 
 def _forget_best(state: TrainerState) -> None:

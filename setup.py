@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel"]
-OPTIMIZERS = ["bitsandbytes", "schedulefree", "galore-torch", "apollo-torch", "grokadamw", "torch-optimi"]
-TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "lomo-optim", "optuna"]
+OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
+TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna"]
 
 setup(
     name="hf-slim",

@@ -37,8 +37,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
-        self._scale: float | None = None
         self.slimming: Slimming | None = None
+        self._scale: float | None = None  # the loss scale (fp16) before the optimizer step
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -125,10 +125,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         step = state.global_step + 1
         if not self._running.has_reached_target:
             _forget_best(state)
-            # A fused optimizer skips steps unseen by accelerate; the loss scale falls all the same.
-            fell = self._scale is not None and optimizer.scaler.get_scale() < self._scale
-            skipped = fell or getattr(optimizer, "step_was_skipped", False)
-            self._running.advance(model, optimizer, step, skipped=skipped)
+            self._running.advance(model, optimizer, step, skipped=_was_skipped(optimizer, self._scale))
             if self._running.has_reached_target and args.metric_for_best_model is not None:
                 logger.info(f"The final sparsity is reached at step {step}; the best model is sought from here on.")
         else:
@@ -203,7 +200,14 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _loss_scale(optimizer: Any) -> float | None:
     scaler = getattr(optimizer, "scaler", None)
-    return scaler.get_scale() if scaler is not None else None
+    return None if scaler is None else scaler.get_scale()
+
+
+def _was_skipped(optimizer: Any, scale_before: float | None) -> bool:
+    """Whether gradients overflowed; fused optimizers skip in their kernel, and only the lower loss scale tells."""
+    scale = _loss_scale(optimizer)
+    lowered = scale is not None and scale_before is not None and scale < scale_before
+    return lowered or getattr(optimizer, "step_was_skipped", False)
 
 
 def _forget_best(state: TrainerState) -> None:

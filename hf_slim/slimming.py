@@ -71,7 +71,7 @@ class Slimming:
         write_zeros(model, self._zeros, zero=self._zero)
         self._undo: Callable[[], None] = lambda: None
         if self._zero is not None:
-            self._undo = call_before_step(self._zero, lambda scale: self._score(model, 1 / scale))
+            self._undo = call_before_step(self._zero, lambda scale: self._score(model, scale=1 / scale))
 
     def close(self) -> None:
         """Leave the optimizer as it was."""
@@ -105,7 +105,7 @@ class Slimming:
         """
         if self._zero is not None:
             return  # the step has been taken already, and the units scored right before it
-        self._score(model)
+        self._score(model, step)
         if not may_be_skipped:
             _refuse_nonfinite(self._pending, step)
 
@@ -164,7 +164,7 @@ class Slimming:
             "scores": {name: scores.tolist() for name, scores in self._scores.items()},
         }
 
-    def _score(self, model: nn.Module, scale: float = 1.0) -> None:
+    def _score(self, model: nn.Module, step: int = 0, *, scale: float = 1.0) -> None:
         self._pending = {}
         scored: dict[Any, list[Structure]] = {}
         for plan, events in zip(self.plans, self._events, strict=True):
@@ -172,7 +172,7 @@ class Slimming:
                 scored.setdefault(plan.criterion, []).extend(plan.structures)
         for criterion, structures in scored.items():
             if self._zero is None:
-                _require_gradients(model, structures)
+                _require_gradients(model, structures, step)
             for name, scores in score_structures(model, structures, criterion, self._zero).items():
                 self._pending[name] = scores * scale
 
@@ -261,10 +261,10 @@ def _agree(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(scores, together.split([len(values) for values in scores.values()]), strict=True))
 
 
-def _require_gradients(model: nn.Module, structures: Sequence[Structure]) -> None:
+def _require_gradients(model: nn.Module, structures: Sequence[Structure], step: int) -> None:
     if all(get_tensor(model, member.tensor).grad is None for s in structures for member in s.outputs):
         raise RuntimeError(
-            f"There is no gradient in any of the {len(structures)} structures that are to be scored at this step. "
+            f"At step {step} there is no gradient in any of the {len(structures)} structures that are to be scored. "
             "Optimizers that step during the backward pass (LOMO, layer-wise GaLore and Apollo) leave none: use "
             "another optimizer, or slim_criterion='magnitude'."
         )

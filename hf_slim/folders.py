@@ -110,7 +110,10 @@ def _link(path: str | Path, copy: str | Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Let two folders change places; the working directory goes with the name, not with the folder."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed, so it is not in the folder
+        here = Path()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
@@ -122,7 +125,12 @@ def _exchange(new: Path, old: Path) -> None:
         exchanged = False
     if not exchanged:
         aside = new.with_name(f"{new.name}.old")
-        os.rename(old, aside)
-        os.rename(new, old)
+        try:
+            os.rename(old, aside)
+            os.rename(new, old)
+        except BaseException:
+            if not old.exists():  # or it would go with the temporary folder that it lies in now
+                os.rename(aside, old)
+            raise
     if here == old or old in here.parents:
         os.chdir(here)

@@ -1,11 +1,11 @@
-"""Kills a training or a save at many moments: `python tests/faults.py --kills 20`, `python tests/faults.py --saves 25`.
+"""Kills a training or a save at many moments: `python tests/faults.py --kills 20 --saves 25`.
 
 Moments are counted in calls of the Trainer and of hf_slim and in operations on files. `--kills` draws them from the
-steps, the saving of checkpoints, and compaction and the saving of the slim model, by turns; at half of those that save,
-the process does not die at once, but in the middle of writing the next large file. A run that is killed and resumed has
-to end with the same masks, the same weights and the same slim model, bit for bit, and must not have lost a checkpoint
-that was written. `--saves` kills `save_slimmed` over an older slim folder, which afterwards has to be wholly the old
-model or wholly the new one, with all other files.
+steps, the saving of checkpoints, and compaction and the saving of the slim model, by turns; at half of those that
+save, the process does not die at once, but in the middle of writing the next large file. A run that is killed and
+resumed has to end with the same masks, the same weights and the same slim model, bit for bit, and must not have lost a
+checkpoint that was written. `--saves` kills `save_slimmed` over an older slim folder, which afterwards has to be
+wholly the old model or wholly the new one, with all other files.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def run(kills: int, seed: int) -> list[tuple[str, str]]:
         whole = [Path(scratch) / name for name in ("first", "second")]
         for folder in whole:  # the second one finds everything compiled and imports as those after it
             folder.mkdir()
-            must_work(lambda: train(folder), folder / "log.txt")
+            must_work(functools.partial(train, folder), folder / "log.txt")
         first, expected = (json.loads((folder / "result.json").read_text()) for folder in whole)
         if first != expected:
             raise RuntimeError("Two trainings that are not killed end differently, so nothing can be compared.")
@@ -295,7 +295,7 @@ def run_saves(kills: int) -> list[tuple[str, str]]:
         for moment, size in tqdm(choose_saves(moments, kills), desc="saves"):
             folder = Path(scratch) / f"{moment}-{size}"
             shutil.copytree(prepared, folder / "slim", symlinks=True)
-            status = in_new_process(lambda moment=moment, size=size: save(folder, 1, 0.5, moment, size), log)
+            status = in_new_process(functools.partial(save, folder, 1, 0.5, moment, size), log)
             problem = f"it was not killed, but ended with {status}"
             if status == (-signal.SIGKILL if size is None else -signal.SIGXFSZ):
                 problem = _check_folder(folder, log, ends, others)
@@ -306,11 +306,12 @@ def run_saves(kills: int) -> list[tuple[str, str]]:
 def choose_saves(moments: list[str], kills: int) -> list[tuple[int, int | None]]:
     """Five sizes, at which a file is cut off, the exchange with three operations on each side, and an even spread."""
     exchange = moments.index("before the exchange")
-    chosen: list[tuple[int, int | None]] = [(0, size) for size in (0, 700, 3_000, 20_000, 100_000)]
     near = range(exchange - 3, exchange + 5)
-    even = max(1, kills - len(chosen) - len(near))
-    spread = [n * (len(moments) - 1) // max(1, even - 1) for n in range(even)]
-    return [*chosen, *((moment, None) for moment in sorted({*near, *spread}))]
+    sizes = (0, 700, 3_000, 20_000, 100_000)
+    others = [n for n in range(len(moments)) if n not in near]
+    even = kills - len(sizes) - len(near)
+    spread = [others[n * (len(others) - 1) // (even - 1)] for n in range(even)]
+    return [*((0, size) for size in sizes), *((moment, None) for moment in sorted((*near, *spread)))]
 
 
 def _check_folder(folder: Path, log: Path, ends: dict[str, tuple[dict, dict]], others: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -103,19 +103,22 @@ def _find_damaged(folder: Path) -> Iterator[tuple[Path, str]]:
     state = folder / TRAINER_STATE_NAME
     if state.is_file():
         try:
-            find_saved(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks"))
-        except (ValueError, AttributeError) as error:
+            loaded = TrainerState.load_from_json(str(state))
+            find_saved(loaded.stateful_callbacks)
+            if type(loaded.global_step) is not int or loaded.global_step < 1:
+                yield state, f"it says that {loaded.global_step!r} steps are done"
+        except (ValueError, AttributeError, TypeError) as error:
             yield state, str(error)
     yield from find_damaged_weights(folder)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            gone = [name for name in sorted(shards) if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             yield index, repr(error)
             continue
-        for name in sorted(shards):
-            if not (folder / name).is_file():
-                yield index, f"it names {name}, which is not there"
+        for name in gone:
+            yield index, f"it names {name}, which is not there"
     for path in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
         if not zipfile.is_zipfile(path):
             yield path, "it is cut off, or not a file of torch.save"

@@ -110,7 +110,10 @@ def _link(path: str | Path, copy: str | Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Let two folders change places; the working directory goes with the name, not with the folder."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed, so it is not in the folder
+        here = Path()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,9 @@ from .structures import Structure, get_tensor, total_units
 from .zero import call_before_step, clip_factor, find_zero_optimizer, whole_shapes
 
 Settings = SlimConfig | Sequence[dict[str, Any]]
+
+_MOST = torch.finfo(torch.float32).max
+"""The largest finite score; no comparison with NaN holds."""
 
 
 class Slimming:
@@ -186,7 +188,7 @@ class Slimming:
                 raise damaged(f"the dropped units of {name} are not among its {units[name]} units")
             self.masks[name][dropped] = False
         for name, scores in saved["scores"].items():
-            if len(scores) != units.get(name) or not all(map(math.isfinite, scores)):
+            if len(scores) != units.get(name) or not all(abs(score) <= _MOST for score in scores):
                 raise damaged(f"the scores of {name} are not {units.get(name)} finite numbers")
             self._scores[name] = torch.tensor(scores)
         self._events = list(saved["events"])
@@ -294,7 +296,9 @@ def _refuse_other_settings(saved: Mapping[str, Any], settings: Settings) -> None
 
 
 def _difference(stored: Any, given: Any) -> str:
-    if isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+    if isinstance(stored, list) and isinstance(given, list):
+        if len(stored) != len(given):
+            return f"{len(stored)} entries there, {len(given)} here"
         entries = enumerate(zip(stored, given, strict=True))
         return "; ".join(f"entry {number}: {_difference(*pair)}" for number, pair in entries if pair[0] != pair[1])
     if isinstance(stored, dict) and isinstance(given, dict):

@@ -1,4 +1,4 @@
-"""Kills a training (`python tests/faults.py --kills 20`) or a save (`--saves 25`) at many moments.
+"""Kills a training or a save at many moments: `python tests/faults.py --kills 20 --saves 25`.
 
 Moments are counted in calls of the Trainer and of hf_slim and in operations on files. `--kills` draws them from the
 steps, the saving of checkpoints, and compaction and the saving of the slim model, by turns; at half of those that
@@ -306,11 +306,12 @@ def run_saves(kills: int) -> list[tuple[str, str]]:
 def choose_saves(moments: list[str], kills: int) -> list[tuple[int, int | None]]:
     """Five sizes, at which a file is cut off, the exchange with three operations on each side, and an even spread."""
     exchange = moments.index("before the exchange")
-    chosen: list[tuple[int, int | None]] = [(0, size) for size in (0, 700, 3_000, 20_000, 100_000)]
     near = range(exchange - 3, exchange + 5)
-    even = max(1, kills - len(chosen) - len(near))
-    spread = [n * (len(moments) - 1) // max(1, even - 1) for n in range(even)]
-    return [*chosen, *((moment, None) for moment in sorted({*near, *spread}))]
+    sizes = (0, 700, 3_000, 20_000, 100_000)
+    others = [n for n in range(len(moments)) if n not in near]
+    even = kills - len(sizes) - len(near)
+    spread = [others[n * (len(others) - 1) // (even - 1)] for n in range(even)]
+    return [*((0, size) for size in sizes), *((moment, None) for moment in sorted((*near, *spread)))]
 
 
 def _check_folder(folder: Path, log: Path, ends: dict[str, tuple[dict, dict]], others: dict[str, str]) -> str:

@@ -1,8 +1,5 @@
 """Slimming while a Trainer trains: schedule, logs, optimizers, precision, resuming, bad settings."""
 
-import json
-import math
-
 import pytest
 import torch
 import transformers
@@ -169,38 +166,6 @@ def test_resuming_gives_the_same_weights(criterion, restore, tmp_path):
     expected = weights(whole.model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
     assert kept(resumed) == kept(whole)
-
-
-def test_resuming_with_other_settings_is_refused(tmp_path):
-    make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5).train()
-    other = make_trainer(build("bert"), tmp_path, ffn2_sparsity=0.25)
-    with pytest.raises(ValueError, match="other slim settings: ffn2_sparsity=0.5 there, 0.25 here"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-
-
-def test_resuming_without_state_starts_the_schedule(tmp_path, monkeypatch):
-    plain = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
-    plain.remove_callback(SlimTrainerCallback)
-    plain.train()
-    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
-    assert "SlimTrainerCallback" not in state["stateful_callbacks"]
-    messages = []
-    monkeypatch.setattr("hf_slim.callback.logger.warning", messages.append)
-    resumed = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert len(messages) == 1 and "step 5 holds no slimming state" in messages[0]
-    assert slim_callback(resumed).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
-
-
-def test_the_state_is_plain_json(tmp_path):
-    trainer = make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5)
-    trainer.train()
-    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
-    saved = state["stateful_callbacks"]["SlimTrainerCallback"]["attributes"]["saved"]
-    assert saved["settings"]["ffn2_sparsity"] == 0.5
-    assert all(math.isfinite(value) for values in saved["scores"].values() for value in values)
-    names = {s.name for s in find_structures(trainer.model).structures}
-    assert set(saved["dropped"]) == set(saved["scores"]) == names
 
 
 def test_both_sparsities_zero_warn(tmp_path):

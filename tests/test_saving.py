@@ -199,18 +199,6 @@ def test_a_diverged_model_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way_is_refused(tmp_path):
-    (tmp_path / "slim").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="slim' is a file; name a folder"):
-        save_slimmed(masked(), tmp_path / "slim")
-    assert (tmp_path / "slim").read_text() == "mine"
-
-
-def test_a_folder_that_cannot_be_written_is_refused():
-    with pytest.raises(PermissionError, match="output_dir='/proc/slim' cannot be written: "):
-        save_slimmed(masked(), "/proc/slim")
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -227,32 +215,6 @@ def test_wrong_keywords_are_refused(arguments, error, message, tmp_path):
 def test_other_objects_are_refused(tmp_path):
     with pytest.raises(ValueError, match="takes a Trainer or a PreTrainedModel, got Linear"):
         save_slimmed(torch.nn.Linear(2, 2), tmp_path / "slim")
-
-
-def test_an_old_folder_is_replaced_and_other_files_stay(tmp_path):
-    build("bert", hidden_size=64).save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "model.safetensors").write_text("mine")
-    (tmp_path / "notes.txt").write_text("mine")
-    save_slimmed(masked(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("README.md", "checkpoint-3", "config.json", "model.safetensors", "modeling_hf_slim.py", "notes.txt")
-    ]
-    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_text() == "mine"
-
-
-def test_a_failure_while_writing_leaves_the_old_folder(tmp_path):
-    class BadTokenizer:
-        def save_pretrained(self, folder):
-            raise OSError("disk full")
-
-    save_slimmed(masked(), tmp_path / "slim")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "slim").iterdir()}
-    with pytest.raises(OSError, match="disk full"):
-        save_slimmed(build("bert", seed=9), tmp_path / "slim", processing_class=BadTokenizer())
-    assert {path.name: path.read_bytes() for path in (tmp_path / "slim").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -331,29 +293,6 @@ def test_a_failed_upload_keeps_the_local_folder(tmp_path):
 def test_a_compiled_model(tmp_path):
     assert save_slimmed(torch.compile(masked()), tmp_path / "slim").parameters_after == 29538
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
-
-
-def test_a_link_to_a_folder_is_followed(tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "disk" / "notes.txt").write_text("mine")
-    (tmp_path / "link").symlink_to("disk")
-    save_slimmed(masked(), tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert {"notes.txt", "model.safetensors", "config.json"} <= {path.name for path in (tmp_path / "disk").iterdir()}
-
-
-def test_the_current_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_slimmed(masked(), ".")
-    assert os.getcwd() == str(tmp_path)
-    AutoModelForSequenceClassification.from_pretrained(".")
-
-
-def test_the_remote_code_of_an_old_model_goes(tmp_path):
-    save_slimmed(masked(), tmp_path)
-    assert (tmp_path / "modeling_hf_slim.py").exists()
-    save_slimmed(masked("llama"), tmp_path)
-    assert not (tmp_path / "modeling_hf_slim.py").exists()
 
 
 def test_a_slimmed_model_that_cannot_run_is_refused(tmp_path, monkeypatch):

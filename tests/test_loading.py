@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import STACK, build, half_masks, logits, make_batch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
@@ -310,6 +311,26 @@ def test_a_network_of_one_channel(tmp_path):
     save_slimmed(model_slim(model, 1), tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert [s.units for s in find_structures(loaded).of_kind("ffn")] == [1, 5]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_damaged_weight_file_is_named(share, tmp_path):
+    slim_folder("bert", tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: int(share * len(data))])
+    message = f"^{tmp_path}/model.safetensors is damaged: .* Save or download the model again"
+    for load in (AutoModelForSequenceClassification.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(SafetensorError, match=message):
+            load(tmp_path)
+
+
+def test_the_damaged_shard_is_named(tmp_path):
+    slim_folder("bert", tmp_path / "whole").save_pretrained(tmp_path / "slim", max_shard_size="60KB")
+    shards = sorted((tmp_path / "slim").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].write_bytes(shards[1].read_bytes()[:-9])
+    with pytest.raises(SafetensorError, match=f"^{shards[1]} is damaged: "):
+        AutoModel.from_pretrained(tmp_path / "slim")
 
 
 def test_the_hook_is_installed_once():

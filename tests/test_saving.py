@@ -1,12 +1,7 @@
 """save_slimmed: the folder, the checks, the card, faults, and the upload to a loopback Hub."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -215,79 +210,6 @@ def test_wrong_keywords_are_refused(arguments, error, message, tmp_path):
 def test_other_objects_are_refused(tmp_path):
     with pytest.raises(ValueError, match="takes a Trainer or a PreTrainedModel, got Linear"):
         save_slimmed(torch.nn.Linear(2, 2), tmp_path / "slim")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files needs."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.calls.append((self.path, body))
-        if self.path == "/api/repos/create":
-            repo = json.loads(body)["name"]
-            answer = {"url": f"{self.server.address}/me/{repo}", "name": f"me/{repo}"}
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif "/commit/" in self.path:
-            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.address}/me/x/commit/0"}
-        else:
-            answer = {}
-        self.answer(answer)
-
-    def do_GET(self):
-        self.server.calls.append((self.path, b""))
-        self.answer({"name": "me", "type": "user", "sha": "0" * 40, "id": "me/x", "siblings": []})
-
-    def answer(self, content):
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-PUSH = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from test_saving import masked
-from hf_slim import save_slimmed
-save_slimmed(masked(), sys.argv[1], push_to_hub=True, repo_id="me/slim-bert", token="secret", private=True)
-"""
-
-
-def test_push_to_hub_uploads_the_folder(tmp_path):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    server.address, server.calls = f"http://127.0.0.1:{server.server_port}", []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-c", PUSH, str(tmp_path / "slim"), os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    server.shutdown()
-    assert done.returncode == 0, done.stderr[-3000:]
-    create = next(json.loads(body) for path, body in server.calls if path == "/api/repos/create")
-    assert create["name"] == "slim-bert"
-    assert create.get("visibility") == "private" or create.get("private") is True
-    commit = next(body for path, body in server.calls if "/commit/" in path)
-    lines = [json.loads(line) for line in commit.splitlines()]
-    assert lines[0]["value"]["summary"] == "Upload slim model"
-    uploaded = {line["value"]["path"] for line in lines[1:]}
-    assert uploaded == {path.name for path in (tmp_path / "slim").iterdir()}
-
-
-def test_a_failed_upload_keeps_the_local_folder(tmp_path):
-    """Nothing listens at port 9."""
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-c", PUSH, str(tmp_path / "slim"), os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode != 0 and "Connection refused" in done.stderr
-    AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
 
 
 def test_a_compiled_model(tmp_path):

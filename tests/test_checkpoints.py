@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_slim
 from hf_slim import SlimConfig, SlimTrainerCallback, find_structures, parse_auto_slim_config
+from hf_slim.checkpoints import find_whole_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 4, "use_cpu": True}
 FFN = "bert.encoder.layer.0.output.dense"
@@ -95,6 +96,18 @@ def test_only_cut_off_checkpoints(run):
         "missing or cut off. Train from the start.",
     ):
         resume(run, True)
+
+
+def test_a_process_that_did_not_write_its_part_is_seen(tmp_path):
+    make_trainer(build("bert"), tmp_path, save_strategy="steps", save_steps=5).train()
+    path = tmp_path / "checkpoint-12" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["SlimTrainerCallback"]["attributes"]["processes"] = 2
+    path.write_text(json.dumps(state, indent=2) + "\n")
+    assert find_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    for rank in (0, 1):
+        torch.save({}, path.with_name(f"rng_state_{rank}.pth"))
+    assert find_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
 def test_no_checkpoint(tmp_path):

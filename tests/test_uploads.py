@@ -46,6 +46,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.calls.append((self.path, b""))
+        if "/xet-write-token/" in self.path:
+            self.send_error(403)
+            return
         self.answer({"name": "me", "type": "user", "sha": "0" * 40, "id": "me/x", "siblings": []})
 
     def answer(self, content):
@@ -72,7 +75,7 @@ except RuntimeError as error:
 """
 
 
-def push(folder, faults=None, mode=lambda path: "regular", address=None):
+def push(folder, faults=None, mode=lambda path: "regular", address=None, protocol="xet"):
     """Save and upload in a process of its own; what it printed, and the requests that the Hub got."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.calls = f"http://127.0.0.1:{server.server_port}", []
@@ -81,6 +84,7 @@ def push(folder, faults=None, mode=lambda path: "regular", address=None):
     tests = Path(__file__).parent
     environment = {**os.environ, "HF_ENDPOINT": address or server.address, "HF_HOME": str(folder.parent / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
+    environment["HF_HUB_DISABLE_XET"] = "1" if protocol == "lfs" else "0"
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", PUSH, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -103,9 +107,6 @@ def test_push_to_hub_uploads_the_folder(tmp_path):
     assert uploaded == {path.name for path in (tmp_path / "slim").iterdir()}
 
 
-LARGE = {"model.safetensors": "lfs"}
-
-
 @pytest.mark.parametrize(
     ("faults", "reached"),
     [
@@ -114,14 +115,16 @@ LARGE = {"model.safetensors": "lfs"}
         ({"/preupload/": "closed"}, "/preupload/"),
         ({"/lfs/objects/batch": 500}, "/lfs/objects/batch"),
         ({"/lfs/objects/batch": "closed"}, "/lfs/objects/batch"),
+        ({}, "/xet-write-token/"),
         ({"/commit/": 500}, "/commit/"),
         ({"/commit/": "closed"}, "/commit/"),
     ],
 )
 def test_an_upload_that_fails_half_way(faults, reached, tmp_path):
     """The model is whole in the folder, and the error says where and how to go on."""
-    large = LARGE if "lfs" in reached else {}
-    output, calls = push(tmp_path / "slim", faults, lambda path: large.get(path, "regular"))
+    protocol = next((protocol for protocol in ("lfs", "xet") if protocol in reached), None)
+    large = {"model.safetensors": "lfs"} if protocol else {}
+    output, calls = push(tmp_path / "slim", faults, lambda path: large.get(path, "regular"), protocol=protocol)
     assert reached in calls[-1][0]
     assert output.startswith("The upload to me/slim-bert failed: "), output
     assert output.endswith(

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .arguments import SlimConfig
 from .plan import from_state, to_state
-from .slimming import Settings, Slimming, check_saved
+from .slimming import Slimming, check_saved
 from .strategy import refuse_strategy
 
 logger = logging.get_logger(__name__)
@@ -44,11 +44,6 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
     def masks(self) -> dict[str, torch.Tensor]:
         """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training."""
         return self.slimming.masks if self.slimming is not None else {}
-
-    @property
-    def settings(self) -> Settings | None:
-        """The settings of the training in progress: those given, or those of the training arguments."""
-        return self.slimming.settings if self.slimming is not None else None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves in `trainer_state.json`: settings, schedule, dropped units and smoothed scores."""
@@ -109,6 +104,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Score the units from the gradients of this step."""
+        if self._running.has_reached_target:
+            return
         self._scale = _loss_scale(optimizer)
         self._running.score(model, state.global_step + 1, may_be_skipped=self._scale is not None)
 

@@ -99,12 +99,12 @@ def _scored_members(structure: Structure, criterion: CriterionName) -> list[Memb
 def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionName) -> torch.Tensor:
     """For each position along a dimension of this process's part of a weight the sum of what is scored."""
     whole = get_tensor(model, name)
-    weight, _ = find_local(whole)
+    weight = find_local(whole)
     if criterion == "magnitude":
         return weight.abs().sum(dim=[d for d in range(weight.dim()) if d != dim], dtype=torch.float32)
     if whole.grad is None:
         return torch.zeros(weight.shape[dim], device=weight.device)
-    gradient, _ = find_local(whole.grad)
+    gradient = find_local(whole.grad)
     if criterion == "snip_momentum":
         weight, gradient = weight.abs(), gradient.abs()
     letters = "abcdefgh"[: weight.dim()]

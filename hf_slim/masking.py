@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sharding import find_local, sum_over_shards
+from .sharding import find_begin, find_local, sum_over_shards
 from .structures import Masks, Structure, get_tensor
 from .zero import sum_places
 from .zero import write_zeros as write_zeros_everywhere
@@ -47,8 +47,9 @@ def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, 
             if zero is not None:
                 zeros.append((name, dim, where))
                 continue
-            local, begin = find_local(get_tensor(model, name))
-            where = where - begin[dim]
+            tensor = get_tensor(model, name)
+            local = find_local(tensor)
+            where = where - find_begin(tensor)[dim]
             where = where[(where >= 0) & (where < local.shape[dim])]
             if len(where):
                 zeros.append((name, dim, where.to(local.device)))
@@ -76,7 +77,7 @@ def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None, zero: Any
         tensor = get_tensor(model, name)
         for kept in (tensor, *state.get(tensor, {}).values()):
             if isinstance(kept, torch.Tensor) and kept.shape == tensor.shape:
-                find_local(kept)[0].index_fill_(dim, where, 0)
+                find_local(kept).index_fill_(dim, where, 0)
 
 
 def find_zero_units(
@@ -114,6 +115,6 @@ def find_zero_units(
 
 def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
-    local, _ = find_local(tensor)
+    local = find_local(tensor)
     others = [d for d in range(local.dim()) if d != dim]
     return ((local != 0).any(dim=others) if others else local != 0).float()

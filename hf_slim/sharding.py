@@ -28,24 +28,35 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def find_local(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def find_local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds.
 
     Args:
         tensor: A tensor, sharded or not.
 
     Returns:
-        The part, sharing its memory with the tensor, and the position in each dimension at which it begins.
+        The part, sharing its memory with the tensor.
+    """
+    with torch.no_grad():
+        sharded: Any = tensor
+        return (sharded.to_local() if is_sharded(tensor) else tensor).detach()
+
+
+def find_begin(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where the part of a tensor that this process holds begins.
+
+    Args:
+        tensor: A tensor, sharded or not.
+
+    Returns:
+        The position in each dimension.
     """
     if not is_sharded(tensor):
-        return tensor.detach(), (0,) * tensor.dim()
+        return (0,) * tensor.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sharded: Any = tensor
-    with torch.no_grad():
-        local = sharded.to_local()
-    begin = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)[1]
-    return local.detach(), tuple(begin)
+    return tuple(compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)[1])
 
 
 def sum_over_shards(model: nn.Module, parts: Mapping[tuple[str, int], torch.Tensor]) -> dict[Any, torch.Tensor]:
@@ -65,7 +76,7 @@ def sum_over_shards(model: nn.Module, parts: Mapping[tuple[str, int], torch.Tens
         tensor: Any = get_tensor(model, name)
         sums[name, dim] = part
         if is_sharded(tensor):
-            begin = find_local(tensor)[1][dim]
+            begin = find_begin(tensor)[dim]
             sums[name, dim] = part.new_zeros(tensor.shape[dim])
             sums[name, dim][begin : begin + len(part)] = part
             groups.setdefault(_shard_groups(tensor), []).append((name, dim))

@@ -66,6 +66,7 @@ class Slimming:
         self.masks = find_zero_units(model, self.structures, whole=True, zero=self._zero)
         self._scores: dict[str, torch.Tensor] = {}
         self._pending: dict[str, torch.Tensor] = {}
+        self._is_checked = False
         self._events = [0] * len(self.plans)
         if saved is not None:
             self._take_up(saved)
@@ -73,7 +74,7 @@ class Slimming:
         write_zeros(model, self._zeros, zero=self._zero)
         self._undo: Callable[[], None] = lambda: None
         if self._zero is not None:
-            self._undo = call_before_step(self._zero, lambda scale: self._score(model, scale=1 / scale))
+            self._undo = call_before_step(self._zero, lambda scale: self._score_scaled(model, scale))
 
     def close(self) -> None:
         """Leave the optimizer as it was."""
@@ -110,6 +111,7 @@ class Slimming:
         self._score(model, step)
         if not may_be_skipped:
             _refuse_nonfinite(self._pending, step)
+            self._is_checked = True
 
     def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool) -> None:
         """Take a step's scores into account, drop units if it is time, and write the zeros again.
@@ -124,10 +126,13 @@ class Slimming:
             RuntimeError: If scores are NaN or infinite.
         """
         if not skipped and self._pending:
-            _refuse_nonfinite(self._pending, step)
-            factor = 1.0 if self._zero is None else clip_factor(self._zero)
+            if not self._is_checked:
+                _refuse_nonfinite(self._pending, step)
+            if self._zero is not None:
+                factor = clip_factor(self._zero)
+                self._pending = {name: scores * factor for name, scores in self._pending.items()}
             for name, scores in self._pending.items():
-                self._scores[name] = smooth_scores(self._scores.get(name), scores * factor)
+                self._scores[name] = smooth_scores(self._scores.get(name), scores)
         self._pending = {}
         changed = False
         for number, plan in enumerate(self.plans):
@@ -166,8 +171,8 @@ class Slimming:
             "scores": {name: scores.tolist() for name, scores in self._scores.items()},
         }
 
-    def _score(self, model: nn.Module, step: int = 0, *, scale: float = 1.0) -> None:
-        self._pending = {}
+    def _score(self, model: nn.Module, step: int = 0) -> None:
+        self._pending, self._is_checked = {}, False
         scored: dict[Any, list[Structure]] = {}
         for plan, events in zip(self.plans, self._events, strict=True):
             if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
@@ -175,8 +180,12 @@ class Slimming:
         for criterion, structures in scored.items():
             if self._zero is None:
                 _require_gradients(model, structures, step)
-            for name, scores in score_structures(model, structures, criterion, self._zero).items():
-                self._pending[name] = scores * scale
+            self._pending.update(score_structures(model, structures, criterion, self._zero))
+
+    def _score_scaled(self, model: nn.Module, scale: float) -> None:
+        """Score right before DeepSpeed's step, from gradients that are still multiplied by the loss scale."""
+        self._score(model)
+        self._pending = {name: scores / scale for name, scores in self._pending.items()}
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         units = {s.name: s.units for s in self.structures}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -60,7 +61,10 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
 
 
 def install_resume_hook() -> None:
-    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only; once, however often called."""
+    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only, with the model in their shape.
+
+    Once, however often it is called.
+    """
     original = Trainer.train
     if getattr(original, "resumes_from_whole_checkpoints", False):
         return
@@ -74,8 +78,21 @@ def install_resume_hook() -> None:
                 check_checkpoint(resume_from_checkpoint)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
+    load = Trainer._load_from_checkpoint
+
+    @functools.wraps(load)
+    def load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SlimTrainerCallback):
+                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+                saved = find_saved(state.stateful_callbacks)
+                if saved is not None:
+                    callback.take_shape(self.model if model is None else model, saved)
+        load(self, resume_from_checkpoint, model)
+
     train.resumes_from_whole_checkpoints = True  # type: ignore[attr-defined]
     Trainer.train = train
+    Trainer._load_from_checkpoint = load_from_checkpoint
 
 
 def _is_cut_off(folder: Path) -> bool:

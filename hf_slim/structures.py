@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import LongTensor, nn
@@ -36,6 +37,32 @@ class Member:
     dim: int
     index: LongTensor
     role: Role
+
+    def sum_units(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up what belongs to each unit, without waiting for the device.
+
+        Args:
+            values: A number for each position along the member's dimension.
+
+        Returns:
+            The sums, shape `[units]`, on the same device.
+        """
+        units, size = self.index.shape
+        if self._is_consecutive:
+            return values.narrow(0, int(self.index[0, 0]), units * size).view(units, size).sum(1)
+        if values.device not in self._moved:
+            self._moved[values.device] = self.index.to(values.device)
+        return values[self._moved[values.device]].sum(1)
+
+    @cached_property
+    def _is_consecutive(self) -> bool:
+        flat = self.index.flatten()
+        return bool((flat == torch.arange(len(flat), device="cpu") + flat[0]).all())
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, torch.Tensor]:
+        """The index on the devices that asked for it."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -112,6 +139,25 @@ class Structure:
         for member in self.members:
             found.setdefault((member.tensor, member.dim), []).append(member.index[units].flatten())
         return {place: torch.cat(parts).sort().values for place, parts in found.items()}
+
+    def keep(self, units: torch.Tensor, numbers: Mapping[tuple[str, int], torch.Tensor]) -> Structure:
+        """What the structure is after some of its units have been removed.
+
+        Args:
+            units: Boolean, shape `[units]`; True for the units that are left.
+            numbers: For each (tensor, dimension) from which positions were removed the new number of each old one.
+
+        Returns:
+            The structure with the units that are left, in the same order.
+        """
+
+        def renumber(member: Member) -> Member:
+            index: Any = member.index[units]
+            if (member.tensor, member.dim) in numbers:
+                index = numbers[member.tensor, member.dim][index]
+            return replace(member, index=index)
+
+        return replace(self, units=int(units.sum()), members=tuple(renumber(member) for member in self.members))
 
 
 Masks = Mapping[str, torch.Tensor]

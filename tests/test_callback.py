@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_slim import SlimConfig, SlimTrainerCallback, SlimTrainingArguments, find_structures
 from hf_slim.masking import find_zero_units
 
-HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}
+HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8, "slim_live": False}
 
 
 def make_data(model, rows=32, seed=3):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from .attributes import set_count
 from .layers import sizes_of
+from .offloading import change_tensor
 from .selection import round_up
 from .structures import Masks, Structure, get_tensor
 from .widths import infer_widths
@@ -49,8 +51,7 @@ def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Mask
             infer_widths(model.get_submodule(name))
         for member in structure.members:
             if member.role == "norm":
-                with torch.no_grad():
-                    get_tensor(model, member.tensor).mul_((structure.units / kept) ** 0.5)
+                change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
 
 
 def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
@@ -99,11 +100,32 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
 
 @torch.no_grad()
 def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor) -> None:
-    tensor = get_tensor(model, name)
-    keep = torch.ones(tensor.shape[dim], dtype=torch.bool, device="cpu")
-    keep[where] = False
-    tensor.grad = None
-    tensor.data = tensor.data.index_select(dim, keep.nonzero().flatten().to(tensor.device))
+    """Slice one tensor; the larger one is freed before the next is read."""
+    get_tensor(model, name).grad = None
+    change_tensor(model, name, lambda tensor: _without(tensor, dim, where))
     module = model.get_submodule(name.rpartition(".")[0])
     for attribute, value in sizes_of(module).items():
         setattr(module, attribute, value)
+
+
+def _without(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
+    """A tensor without some positions along a dimension, contiguous and with memory of its own."""
+    size = tensor.shape[dim]
+    keep = torch.ones(size, dtype=torch.bool, device="cpu")
+    keep[where] = False
+    if tensor.is_meta:
+        return tensor.new_empty((*tensor.shape[:dim], int(keep.sum()), *tensor.shape[dim + 1 :]))
+    # Heads keep ranges: whole blocks are copied, of the largest size that all ranges are multiples of.
+    block = math.gcd(size, *((keep[1:] != keep[:-1]).nonzero().flatten() + 1).tolist())
+    index = keep[::block].nonzero().flatten().to(tensor.device)
+    blocks = tensor.unflatten(dim, (-1, block))
+    if blocks.shape[dim + 1 :].numel() > 1 or dim == 0:
+        return blocks.index_select(dim, index).flatten(dim, dim + 1).contiguous()
+    # Single values, for which `index_select` is slow.
+    left = (*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :])
+    bits = tensor.view(_BITS[tensor.element_size()])
+    return bits.gather(dim, index.view(-1, *(1,) * (tensor.dim() - dim - 1)).expand(left)).view(tensor.dtype)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types of as many bytes, whose values are moved faster than those of floating-point types."""

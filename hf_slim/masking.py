@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offloading import change_tensor, is_offloaded, read_tensor
 from .sharding import find_begin, find_local, sum_over_shards
 from .structures import Masks, Structure, get_tensor
 from .zero import sum_places
@@ -25,7 +26,12 @@ def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
     """
+    structures = list(structures)
     write_zeros(model, find_zeros(model, structures, masks))
+    for structure in structures:
+        for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            if len(where) and is_offloaded(model, name):
+                change_tensor(model, name, lambda tensor, dim=dim, where=where: _with_zeros(tensor, dim, where))
 
 
 def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, zero: Any = None) -> Zeros:
@@ -102,7 +108,7 @@ def find_zero_units(
     places = dict.fromkeys((m.tensor, m.dim) for members in asked.values() for m in members)
     if zero is None:
         counts = sum_over_shards(
-            model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places}
+            model, {place: _count_others(read_tensor(model, place[0]), place[1]) for place in places}
         )
     else:
         counts = sum_places(zero, model, places, lambda weight: (weight != 0).float(), gradient=False)
@@ -113,8 +119,17 @@ def find_zero_units(
     }
 
 
+def _with_zeros(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(dim, where.to(tensor.device), 0)
+
+
 def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
     local = find_local(tensor)
     others = [d for d in range(local.dim()) if d != dim]
-    return ((local != 0).any(dim=others) if others else local != 0).float()
+    if not others:
+        return (local != 0).float()
+    if not local.numel() or local.element_size() == 1:  # of those types no maxima can be had
+        return (local != 0).any(dim=others).float()
+    # Exact, NaN and the smallest numbers included, and without a temporary of the size of the weight.
+    return ((local.amax(others) != 0) | (local.amin(others) != 0)).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
     for structure in structures:
         for (name, dim), where in structure.positions(~masks[structure.name]).items():
             if len(where) and is_offloaded(model, name):
-                change_tensor(model, name, lambda tensor, dim=dim, where=where: _with_zeros(tensor, dim, where))
+                change_tensor(model, name, partial(_with_zeros, dim=dim, where=where))
 
 
 def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, zero: Any = None) -> Zeros:

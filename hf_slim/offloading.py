@@ -53,8 +53,8 @@ def read_tensor(model: nn.Module, name: str) -> torch.Tensor:
 def change_tensor(model: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Give a parameter or buffer other values, maybe of another shape, and keep them where the old ones were.
 
-    What is on disk is written to the offload folder as a file of its own; the files that the model was loaded from stay
-    as they are.
+    What is on disk is written to the offload folder as a file of its own; the files that the model was loaded from
+    stay as they are.
 
     Args:
         model: The model; changed in place. The Parameter object stays the same.
@@ -109,6 +109,18 @@ def check_values(model: nn.Module, names: Iterable[str]) -> None:
             if kept is None:
                 raise ValueError(f"{name} is on the meta device, where tensors have no values: load the model whole.")
             _refuse_unchangeable(model, name, kept)
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate runs a model by a `device_map`, on several devices or with weights that it keeps elsewhere.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        True if the model has such a map and hooks that follow it.
+    """
+    return hasattr(model, "hf_device_map") and any(_hooks_of(module) for module in model.modules())
 
 
 def find_device(model: nn.Module) -> torch.device:

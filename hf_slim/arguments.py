@@ -76,18 +76,19 @@ class SlimArgumentsMixin:
         default=1,
         metadata={"help": "Attention heads (or key-value groups) that every layer keeps at least."},
     )
-    slim_live: LiveChoice = field(
-        default="auto",
-        metadata={
-            "help": "Remove dropped units from the model at once, so that training speeds up (True), keep them as "
-            "zeros until it is saved (False), or remove them at once wherever shapes can change under way (auto)."
-        },
-    )
     slim_exclude: list[str] | None = field(
         default=None,
         metadata={
             "help": "Names of modules to leave alone. Each is a shell-style pattern or a regular expression that "
             "matches a module's whole dotted name or the end of it."
+        },
+    )
+
+    slim_live: LiveChoice = field(
+        default="auto",
+        metadata={
+            "help": "Remove dropped units from the model at once, so that training speeds up (True), keep them as "
+            "zeros until it is saved (False), or remove them at once wherever shapes can change under way (auto)."
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 from .attributes import set_count
 from .layers import sizes_of
+from .offloading import change_tensor
 from .optimizer_state import Place, find_state_slices, keep_state
 from .selection import round_up
 from .structures import Masks, Structure, get_tensor
+from .tiles import take_positions
 from .widths import infer_widths
 
 
@@ -55,9 +58,8 @@ def compact_model(
         keep = torch.ones(get_tensor(model, place[0]).shape[place[1]], dtype=torch.bool, device="cpu")
         keep[torch.cat(parts)] = False
         numbers[place] = keep.cumsum(0) - 1
-        kept = keep.nonzero().flatten()
-        _keep_positions(model, *place, kept)
-        keep_state(optimizer, get_tensor(model, place[0]), slices[place], kept)
+        _keep_positions(model, *place, keep)
+        keep_state(optimizer, get_tensor(model, place[0]), slices[place], keep)
     for structure in structures:
         kept_units = int(masks[structure.name].sum())
         for count in structure.counts:
@@ -66,8 +68,7 @@ def compact_model(
             infer_widths(model.get_submodule(name))
         for member in structure.members:
             if member.role == "norm":
-                with torch.no_grad():
-                    get_tensor(model, member.tensor).mul_((structure.units / kept_units) ** 0.5)
+                change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept_units) ** 0.5))
     return [structure.keep(masks[structure.name], numbers) for structure in structures]
 
 
@@ -117,9 +118,9 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
 
 @torch.no_grad()
 def _keep_positions(model: nn.Module, name: str, dim: int, keep: torch.Tensor) -> None:
-    tensor = get_tensor(model, name)
-    tensor.grad = None
-    tensor.data = tensor.data.index_select(dim, keep.to(tensor.device))
+    """Slice one tensor; the larger one is freed before the next is read."""
+    get_tensor(model, name).grad = None
+    change_tensor(model, name, lambda tensor: take_positions(tensor, dim, keep))
     module = model.get_submodule(name.rpartition(".")[0])
     for attribute, value in sizes_of(module).items():
         setattr(module, attribute, value)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .offloading import change_tensor, is_offloaded, read_tensor
 from .optimizer_state import Place, Slices, find_state_slices, zero_state
 from .sharding import find_begin, find_local, sum_over_shards
 from .structures import Masks, Structure, get_tensor
-from .tiles import any_tiles
+from .tiles import find_nonzero
 from .zero import sum_places
 from .zero import write_zeros as write_zeros_everywhere
 
@@ -92,8 +94,8 @@ class MaskedUnits:
         moved, settled = [], []
         for name, dim, where in self._undecided:
             tensor = get_tensor(model, name)
-            gradient = None if tensor.grad is None else any_tiles(dim, find_local(tensor.grad))
-            weights = any_tiles(dim, find_local(tensor))[where].any()
+            gradient = None if tensor.grad is None else find_nonzero(dim, find_local(tensor.grad))
+            weights = find_nonzero(dim, find_local(tensor))[where].any()
             moved.append(weights if gradient is None else weights | gradient[where].any())
             settled.append(gradient.any() if gradient is not None else torch.tensor(not tensor.requires_grad))
         return _tell(moved), _tell(settled)
@@ -112,7 +114,12 @@ def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
     """
+    structures = list(structures)
     write_zeros(model, find_zeros(model, structures, masks))
+    for structure in structures:
+        for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            if len(where) and is_offloaded(model, name):
+                change_tensor(model, name, partial(_with_zeros, dim=dim, where=where))
 
 
 def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, zero: Any = None) -> Zeros:
@@ -182,7 +189,7 @@ def find_zero_units(
     places = dict.fromkeys((m.tensor, m.dim) for members in asked.values() for m in members)
     if zero is None:
         counts = sum_over_shards(
-            model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places}
+            model, {place: _count_others(read_tensor(model, place[0]), place[1]) for place in places}
         )
     else:
         counts = sum_places(zero, model, places, lambda weight: (weight != 0).float(), gradient=False)
@@ -193,9 +200,13 @@ def find_zero_units(
     }
 
 
+def _with_zeros(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(dim, where.to(tensor.device), 0)
+
+
 def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
-    return any_tiles(dim, find_local(tensor)).float()
+    return find_nonzero(dim, find_local(tensor)).float()
 
 
 def _tell(flags: Sequence[torch.Tensor]) -> list[bool]:

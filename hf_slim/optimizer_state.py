@@ -10,6 +10,7 @@ from torch import nn
 
 from .sharding import find_local, is_sharded
 from .structures import get_tensor
+from .tiles import take_positions
 
 Place = tuple[str, int]
 """The dotted name of a tensor, and one of its dimensions."""
@@ -65,11 +66,11 @@ def keep_state(optimizer: Any, parameter: torch.Tensor, slices: Sequence[tuple[s
         optimizer: The optimizer; its state is changed.
         parameter: The parameter, whose own data may have been cut already.
         slices: From `find_state_slices`, asked for before the parameter was cut.
-        keep: The positions that stay, int64.
+        keep: Boolean tensor of shape `[size of the dimension]` on the CPU, True for the positions that stay.
     """
     state = getattr(optimizer, "optimizer", optimizer).state[parameter] if slices else {}
     for key, dim in slices:
-        state[key] = state[key].index_select(dim, keep.to(state[key].device))
+        state[key] = take_positions(state[key], dim, keep)
 
 
 def zero_state(

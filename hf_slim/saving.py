@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from .gathering import gather_model, is_first_process, is_spread, run_in_first_p
 from .inputs import make_inputs
 from .loading import count_left, find_stock_class
 from .model_card import write_model_card
+from .offloading import is_dispatched, read_tensor, writing_apart
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
@@ -65,7 +69,7 @@ def save_slimmed(
             also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
         push_to_hub: Upload the folder.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
-        inplace: Leave the caller's model slimmed, too; else it stays as it was.
+        inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made.
         max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
             `push_to_hub` of transformers.
@@ -96,9 +100,13 @@ def save_slimmed(
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
 
+    own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
+
     def save(whole: nn.Module) -> SlimReport:
-        slim, report, inputs = _slim_copy(whole, multiple, verify)
-        _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
+        slim = whole if own else _copy(whole)
+        with nullcontext() if own else writing_apart(slim):
+            slim, report, inputs = _slim(slim, multiple, verify)
+            _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
         if push_to_hub:
             _push(target, name, hub_kwargs)
         return report
@@ -108,17 +116,16 @@ def save_slimmed(
             raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
         gathered = gather_model(model)
         return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
-    report = save(model) if is_first_process() else _slim_copy(model, multiple, verify=False)[1]
-    if inplace:
+    report = save(model) if is_first_process() else _slim(model if own else _copy(model), multiple, verify=False)[1]
+    if inplace and not own:
         model_slim(model, multiple)
     return report
 
 
-def _slim_copy(
-    model: nn.Module, multiple: int, verify: bool | Mapping[str, Any]
+def _slim(
+    slim: nn.Module, multiple: int, verify: bool | Mapping[str, Any]
 ) -> tuple[nn.Module, SlimReport, list[dict[str, Any]]]:
-    """A slim copy of a model, what became smaller, and the inputs on which it was compared with the model."""
-    slim = _copy(model)
+    """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
     parts = find_pretrained(slim)
     inputs = _make_inputs(parts, verify)
     expected = [compute_outputs(part, batch) for part, batch in zip(parts, inputs, strict=True)] if inputs else []
@@ -172,19 +179,29 @@ def _write_folder(
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
     """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
-    reloaded = (
-        find_stock_class(slim)
-        .from_pretrained(folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation)
-        .to(slim.device)
+    with _loaded(folder, slim) as reloaded:
+        loaded = reloaded.state_dict()
+        for key in slim.state_dict():
+            if key not in loaded or not torch.equal(read_tensor(slim, key), read_tensor(reloaded, key)):
+                raise VerificationError(
+                    f"The saved folder gives another {key} than the slim model has. Nothing was saved."
+                )
+        expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
+        compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+
+
+@contextmanager
+def _loaded(folder: Path, slim: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model of a folder, on the device of another, or spread and offloaded as that one is."""
+    stock: Any = find_stock_class(slim)
+    load = partial(
+        stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation
     )
-    loaded = reloaded.state_dict()
-    for key, tensor in slim.state_dict().items():
-        if key not in loaded or not torch.equal(tensor, loaded[key]):
-            raise VerificationError(
-                f"The saved folder gives another {key} than the slim model has. Nothing was saved."
-            )
-    expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
-    compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+    if not is_dispatched(slim):
+        yield load().to(slim.device)
+        return
+    with TemporaryDirectory(prefix=".hf_slim-", dir=folder.parent) as apart:
+        yield load(device_map=slim.hf_device_map, offload_folder=apart)
 
 
 def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:
@@ -220,7 +237,7 @@ def _unwrap(model: Any) -> nn.Module:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy without gradients and without what accelerate wrapped around the forward pass."""
+    """A copy that shares weights until they change, without what accelerate wrapped around the forward pass."""
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)

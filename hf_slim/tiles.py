@@ -1,7 +1,8 @@
-"""Reductions of weights along all dimensions but one, tile by tile, so that no copy of a weight is ever made."""
+"""Sums over and copies of weights along one dimension, without temporaries of the size of a weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ _CPU_TILE = 1 << 17
 """Elements of a tile on a CPU: a few tiles fit into the second-level cache of a core."""
 _DEVICE_TILE = 1 << 22
 """Elements of a tile elsewhere: enough to keep a GPU busy."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types of as many bytes, whose values are moved faster than those of floating-point types."""
 
 
 def sum_tiles(dim: int, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -41,7 +44,7 @@ def sum_tiles(dim: int, function: Callable[..., torch.Tensor], *tensors: torch.T
     return total.sum(others)
 
 
-def any_tiles(dim: int, tensor: torch.Tensor) -> torch.Tensor:
+def find_nonzero(dim: int, tensor: torch.Tensor) -> torch.Tensor:
     """Find the positions along a dimension at which a tensor is not all zero.
 
     Args:
@@ -49,13 +52,39 @@ def any_tiles(dim: int, tensor: torch.Tensor) -> torch.Tensor:
         tensor: The tensor.
 
     Returns:
-        Boolean tensor of shape `[size of dim]`.
+        Boolean tensor of shape `[size of dim]`; NaN and the smallest numbers are not zero.
     """
     others = [d for d in range(tensor.dim()) if d != dim]
     if not others:
         return tensor != 0
-    parts = [(tile != 0).any(dim=others) for tile in tensor.split(_rows_of_a_tile(tensor))]
-    return torch.cat(parts) if dim == 0 else torch.stack(parts).any(0)
+    if not tensor.numel() or tensor.element_size() == 1:  # of those types no maxima can be had
+        return (tensor != 0).any(dim=others)
+    return (tensor.amax(others) != 0) | (tensor.amin(others) != 0)
+
+
+def take_positions(tensor: torch.Tensor, dim: int, keep: torch.Tensor) -> torch.Tensor:
+    """Copy some positions along a dimension of a tensor.
+
+    Args:
+        tensor: The tensor.
+        dim: The dimension.
+        keep: Boolean tensor of shape `[size of dim]` on the CPU, True for the positions that are wanted.
+
+    Returns:
+        A contiguous tensor with memory of its own.
+    """
+    if tensor.is_meta:
+        return tensor.new_empty((*tensor.shape[:dim], int(keep.sum()), *tensor.shape[dim + 1 :]))
+    # Heads keep ranges: whole blocks are copied, of the largest size that all ranges are multiples of.
+    block = math.gcd(len(keep), *((keep[1:] != keep[:-1]).nonzero().flatten() + 1).tolist())
+    index = keep[::block].nonzero().flatten().to(tensor.device)
+    blocks = tensor.unflatten(dim, (-1, block))
+    if blocks.shape[dim + 1 :].numel() > 1 or dim == 0:
+        return blocks.index_select(dim, index).flatten(dim, dim + 1).contiguous()
+    # Single values, for which `index_select` is slow.
+    left = (*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :])
+    bits = tensor.view(_BITS[tensor.element_size()])
+    return bits.gather(dim, index.view(-1, *(1,) * (tensor.dim() - dim - 1)).expand(left)).view(tensor.dtype)
 
 
 def _rows_of_a_tile(tensor: torch.Tensor) -> int:

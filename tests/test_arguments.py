@@ -20,6 +20,7 @@ NAMES = [
     "slim_round_to",
     "slim_min_heads",
     "slim_exclude",
+    "slim_live",
 ]
 
 

@@ -37,7 +37,9 @@ class Trajectory(TrainerCallback):
 
 
 def run(family, folder, *, live, spread=0.1, **settings):
-    trainer = make_trainer(build(family, spread=spread, **NO_DROPOUT.get(family, {})), folder, slim_live=live, **settings)
+    trainer = make_trainer(
+        build(family, spread=spread, **NO_DROPOUT.get(family, {})), folder, slim_live=live, **settings
+    )
     trajectory = Trajectory()
     trajectory.watched = slim_callback(trainer)
     trainer.add_callback(trajectory)

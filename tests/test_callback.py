@@ -11,14 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_slim import SlimConfig, SlimTrainerCallback, SlimTrainingArguments, find_structures
 from hf_slim.masking import find_zero_units
 
-HALF = {
-    "ffn2_sparsity": 0.5,
-    "mha_sparsity": 0.5,
-    "slim_round_to": 8,
-    "slim_start": 2,
-    "slim_end": 8,
-    "slim_live": False,
-}
+HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}
 
 
 def make_data(model, rows=32, seed=3):
@@ -40,7 +33,7 @@ def make_trainer(model, folder, *, callbacks=(), config=None, trainer_class=Trai
         **settings,
     }
     if config is None:
-        args = SlimTrainingArguments(folder, **{**MASKED, **settings})
+        args = SlimTrainingArguments(folder, **{**HALF, "slim_live": False, **settings})
     else:
         args = TrainingArguments(folder, **settings)
     data = make_data(model) if model is not None else None

@@ -97,14 +97,24 @@ class LiveUnits:
             self._restore_shape(model)
         self.apply(model, masks)
 
-    def _restore_shape(self, model: nn.Module) -> None:
-        """Bring all units back, without values."""
-        sizes: dict[str, dict[int, int]] = {}
+    def shapes_before(self, model: nn.Module) -> dict[str, torch.Size]:
+        """The shapes that tensors had before anything was removed.
+
+        Args:
+            model: The model, or a copy of it.
+
+        Returns:
+            For the names of the tensors that have become smaller the shapes.
+        """
+        shapes: dict[str, list[int]] = {}
         for dense in self.found.structures:
             for (name, dim), where in dense.positions(~self.masks[dense.name]).items():
-                sizes.setdefault(name, {}).setdefault(dim, get_tensor(model, name).shape[dim])
-                sizes[name][dim] += len(where)
-        for name, wanted in sizes.items():
+                shapes.setdefault(name, list(get_tensor(model, name).shape))[dim] += len(where)
+        return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    def _restore_shape(self, model: nn.Module) -> None:
+        """Bring all units back, without values."""
+        for name, shape in self.shapes_before(model).items():
             tensor = get_tensor(model, name)
             if name not in model.state_dict():
                 raise ValueError(
@@ -112,7 +122,7 @@ class LiveUnits:
                     "model anew, and resume with that."
                 )
             tensor.grad = None
-            tensor.data = tensor.new_zeros([wanted.get(dim, size) for dim, size in enumerate(tensor.shape)])
+            tensor.data = tensor.new_zeros(shape)
             module = model.get_submodule(name.rpartition(".")[0])
             for attribute, value in sizes_of(module).items():
                 setattr(module, attribute, value)

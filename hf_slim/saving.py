@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -27,12 +27,14 @@ from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
+from .live import LiveUnits
 from .loading import count_left, find_stock_class
 from .model_card import write_model_card
 from .offloading import is_dispatched, read_tensor, writing_apart
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
+from .structures import Structure, get_tensor
 from .verification import VerificationError, compare_outputs, compute_outputs
 
 logger = logging.get_logger(__name__)
@@ -100,12 +102,14 @@ def save_slimmed(
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
 
+    slimming = _find_slimming(trainer)
+    live = slimming.live if slimming is not None else None
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
 
     def save(whole: nn.Module) -> SlimReport:
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
-            slim, report, inputs = _slim(slim, multiple, verify)
+            slim, report, inputs = _slim(slim, multiple, verify, live)
             _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
         if push_to_hub:
             _push(target, name, hub_kwargs)
@@ -123,15 +127,14 @@ def save_slimmed(
 
 
 def _slim(
-    slim: nn.Module, multiple: int, verify: bool | Mapping[str, Any]
+    slim: nn.Module, multiple: int, verify: bool | Mapping[str, Any], live: LiveUnits | None = None
 ) -> tuple[nn.Module, SlimReport, list[dict[str, Any]]]:
     """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
     parts = find_pretrained(slim)
     inputs = _make_inputs(parts, verify)
     expected = [compute_outputs(part, batch) for part, batch in zip(parts, inputs, strict=True)] if inputs else []
     slim = merge_adapters(slim)
-    structures = require_structures(slim, find_structures(slim))
-    parameters, size = count_parameters(slim), count_bytes(slim)
+    before = _measure_before(slim, live)
     model_slim(slim, multiple)
     for part, batch, wanted in zip(parts, inputs, expected, strict=False):
         try:
@@ -143,15 +146,37 @@ def _slim(
             ) from error
         compare_outputs(wanted, actual)
     report = SlimReport(
-        parameters,
+        before.parameters,
         count_parameters(slim),
-        size,
+        before.bytes,
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in structures),
+        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
     )
     if report.parameters_after == report.parameters_before:
-        logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
+        logger.warning(
+            "save_slimmed: no unit of the model is zero, so it is saved at the size it has. (What a Trainer removed "
+            "while it trained is reported if the Trainer is passed.)"
+        )
     return slim, report, inputs
+
+
+class _Before(NamedTuple):
+    parameters: int
+    bytes: int
+    structures: tuple[Structure, ...]
+
+
+def _measure_before(model: nn.Module, live: LiveUnits | None) -> _Before:
+    """A model before anything was removed, from it now or while it trained."""
+    parameters, size = count_parameters(model), count_bytes(model)
+    if live is None:
+        return _Before(parameters, size, require_structures(model, find_structures(model)))
+    for name, shape in live.shapes_before(model).items():
+        tensor = get_tensor(model, name)
+        removed = shape.numel() - tensor.numel()
+        parameters += removed if isinstance(tensor, nn.Parameter) else 0
+        size += removed * tensor.element_size()
+    return _Before(parameters, size, live.found.structures)
 
 
 def _write_folder(

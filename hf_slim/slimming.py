@@ -79,7 +79,7 @@ class Slimming:
             raise ValueError(f"{asked} cannot be used here: {obstacle}. Train with slim_live=False.")
         self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
         self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
-        if live is None and wanted is not False and obstacle is None:
+        if self.plans and live is None and wanted is not False and obstacle is None:
             if saved is None or not any(saved["dropped"].values()):
                 self._live = LiveUnits(model, found)
         self.masks = (
@@ -89,7 +89,7 @@ class Slimming:
         )
         self._scores: dict[str, torch.Tensor] = {}
         self._pending: dict[str, torch.Tensor] = {}
-        self._taken: int | torch.Tensor = 0  # steps whose scores count
+        self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
         self._bad_step: torch.Tensor | None = None  # the first step with a score that is not finite, 0 for none
         self._events = [0] * len(self.plans)
         if saved is not None:
@@ -225,21 +225,23 @@ class Slimming:
         if self._zero is not None:
             factor = clip_factor(self._zero)
             self._pending = {name: scores * factor for name, scores in self._pending.items()}
+        counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
         first = next(iter(self._pending.values()))
         if first.device.type == "cpu":
             _refuse_nonfinite(self._pending, step)
         else:
-            bad = ~torch.isfinite(torch.cat([scores.to(first.device) for scores in self._pending.values()])).all()
-            bad = (bad & ~skipped if isinstance(skipped, torch.Tensor) else bad) * step
-            before = bad if self._bad_step is None else self._bad_step
-            self._bad_step = torch.where(before == 0, bad, before)
+            together = torch.cat([scores.to(first.device) for scores in self._pending.values()])
+            bad = torch.isfinite(together).all().logical_not()
+            bad = (bad if counted is None else bad.logical_and(counted)).mul(step)
+            before = torch.zeros_like(bad) if self._bad_step is None else self._bad_step
+            self._bad_step = torch.where(before.eq(0), bad, before)
         for name, scores in self._pending.items():
             smoothed = smooth_scores(self._scores.get(name), scores)
-            if isinstance(skipped, torch.Tensor):
-                before = self._scores.get(name, torch.zeros_like(scores)).to(scores.device)
-                smoothed = torch.where(skipped.to(scores.device), before, smoothed)
+            if counted is not None:
+                kept = self._scores.get(name, torch.zeros_like(scores)).to(scores.device)
+                smoothed = torch.where(counted.to(scores.device), smoothed, kept)
             self._scores[name] = smoothed
-        self._taken = self._taken + (~skipped if isinstance(skipped, torch.Tensor) else 1)
+        self._taken = 1 if counted is None else counted.add(self._taken)
 
     def _refuse_bad_step(self) -> None:
         if self._bad_step is not None and int(self._bad_step):

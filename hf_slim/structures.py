@@ -48,16 +48,19 @@ class Member:
             The sums, shape `[units]`, on the same device.
         """
         units, size = self.index.shape
-        if self._is_consecutive:
-            return values.narrow(0, int(self.index[0, 0]), units * size).view(units, size).sum(1)
+        if self._begin is not None:
+            return values.narrow(0, self._begin, units * size).view(units, size).sum(1)
         if values.device not in self._moved:
             self._moved[values.device] = self.index.to(values.device)
-        return values[self._moved[values.device]].sum(1)
+        taken = values.index_select(0, self._moved[values.device].flatten())
+        return taken.view(units, size).sum(1)
 
     @cached_property
-    def _is_consecutive(self) -> bool:
+    def _begin(self) -> int | None:
+        """The first position, if all units together own a range, each a part of it in their order."""
         flat = self.index.flatten()
-        return bool((flat == torch.arange(len(flat), device="cpu") + flat[0]).all())
+        is_range = bool((flat == torch.arange(len(flat), device="cpu") + flat[0]).all())
+        return int(flat[0]) if is_range else None
 
     @cached_property
     def _moved(self) -> dict[torch.device, torch.Tensor]:

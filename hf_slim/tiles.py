@@ -35,12 +35,12 @@ def sum_tiles(dim: int, function: Callable[..., torch.Tensor], *tensors: torch.T
             for tile in zip(*(tensor.split(rows) for tensor in tensors), strict=True)
         )
         return torch.cat([value.sum(others) if others else value for value in values])
-    total = torch.zeros(first[:rows].shape, dtype=torch.float32, device=first.device)
+    total = torch.zeros((rows, *first.shape[1:]), dtype=torch.float32, device=first.device)
     for tile in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
         if function is torch.mul:
-            total[: len(tile[0])].addcmul_(*tile)
+            total.narrow(0, 0, len(tile[0])).addcmul_(*tile)
         else:
-            total[: len(tile[0])].add_(function(*(part.float() for part in tile)))
+            total.narrow(0, 0, len(tile[0])).add_(function(*(part.float() for part in tile)))
     return total.sum(others)
 
 

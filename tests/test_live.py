@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import build
-from test_callback import make_trainer, slim_callback
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from test_callback import make_data, make_trainer, slim_callback, weights
+from transformers import Trainer, TrainerCallback
 
-from hf_slim import find_structures
+from hf_slim import SlimTrainerCallback, find_structures, save_slimmed
 
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -65,3 +66,112 @@ def test_live_is_the_same_training(family, tmp_path):
     assert sorted(shrinking.sizes, reverse=True) == shrinking.sizes
     for structure in find_structures(live.model).structures:
         assert structure.units == int(slim_callback(live).masks[structure.name].sum())
+
+
+EVERY = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "max_grad_norm": 0.5}
+
+
+def dropout_free(family="bert", seed=0):
+    return build(family, seed=seed, spread=0.1, **NO_DROPOUT[family])
+
+
+def shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+@pytest.mark.parametrize("step", [1, 3, 6, 9])
+def test_resuming_takes_the_shape_of_the_checkpoint(step, criterion, tmp_path):
+    settings = {**EVERY, "save_steps": step, "slim_criterion": criterion, "slim_live": True, "use_cpu": True}
+    whole = make_trainer(dropout_free(), tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(dropout_free(seed=5), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert shapes(resumed.model) == shapes(whole.model)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    report, again = save_slimmed(whole, tmp_path / "one"), save_slimmed(resumed, tmp_path / "two")
+    assert report == again and report.parameters_after < report.parameters_before
+
+
+def test_resuming_in_the_same_trainer_brings_units_back(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, use_cpu=True, **EVERY)
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_resuming_with_model_init(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, use_cpu=True, **EVERY)
+    trainer.train()
+    data = make_data(dropout_free())
+    resumed = Trainer(
+        model_init=lambda: dropout_free(seed=7),
+        args=trainer.args,
+        train_dataset=data,
+        callbacks=[SlimTrainerCallback()],
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert all(
+        torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in weights(resumed.model).items()
+    )
+
+
+def test_checkpoints_load_as_slim_models(family, tmp_path):
+    model = build(family, spread=0.1)
+    trainer = make_trainer(model, tmp_path, slim_live=True, save_strategy="steps", save_steps=6)
+    trainer.train()
+    for step in (6, 12):
+        loaded = type(model).from_pretrained(tmp_path / f"checkpoint-{step}")
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert sum(p.numel() for p in loaded.parameters()) == sum(tensor.numel() for tensor in saved.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_best_model(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, save_steps=1, **best)
+    trainer.train()
+    assert trainer.state.best_global_step >= 8
+    folder = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    expected = load_file(folder / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+def test_compilation(tmp_path):
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "slim_frequency": 1, "max_steps": 14}
+    settings |= {"slim_start": 2, "slim_end": 12, "slim_round_to": 1}
+    masked, trajectory = run("bert", tmp_path / "masked", live=False, **{**settings, "torch_compile": False})
+    live, shrinking = run("bert", tmp_path / "live", live=True, **settings)
+    compare(trajectory, shrinking)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "schedule_free_adamw"]
+)
+def test_optimizers(optim, tmp_path):
+    trainer = make_trainer(
+        dropout_free(),
+        tmp_path,
+        slim_live=True,
+        optim=optim,
+        **{"optim_args": "momentum=0.9" if optim == "rmsprop" else None},
+    )
+    trainer.train()
+    assert slim_callback(trainer).slimming.is_live
+    for parameter, state in trainer.optimizer.optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == parameter.dim() and value.dim():
+                assert value.shape == parameter.shape, key
+
+
+def test_training_again_goes_on_from_what_is_left(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True)
+    trainer.train()
+    before = shapes(trainer.model)
+    trainer.train()
+    assert shapes(trainer.model) == before
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}

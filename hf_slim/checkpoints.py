@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import zipfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -59,23 +58,24 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is damaged: {problem}. Resume from another checkpoint, or delete this one.")
 
 
-def install_resume_hook() -> None:
-    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only; once, however often called."""
-    original = Trainer.train
-    if getattr(original, "resumes_from_whole_checkpoints", False):
-        return
+def choose_checkpoint(resume_from_checkpoint: Any, output_dir: str | os.PathLike[str]) -> Any:
+    """The checkpoint that a training with a `SlimTrainerCallback` resumes from, a whole one.
 
-    @functools.wraps(original)
-    def train(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(callback, SlimTrainerCallback) for callback in self.callback_handler.callbacks):
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = find_whole_checkpoint(self.args.output_dir)
-            if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
-                check_checkpoint(resume_from_checkpoint)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+    Args:
+        resume_from_checkpoint: What `Trainer.train` was given under this name.
+        output_dir: The folder of the training.
 
-    train.resumes_from_whole_checkpoints = True  # type: ignore[attr-defined]
-    Trainer.train = train
+    Returns:
+        What `Trainer.train` is to take in its place: the last whole checkpoint for True, anything else as it is.
+
+    Raises:
+        ValueError: If there is no whole checkpoint, or the one given has a damaged file.
+    """
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = find_whole_checkpoint(output_dir)
+    if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
+        check_checkpoint(resume_from_checkpoint)
+    return resume_from_checkpoint
 
 
 def _is_cut_off(folder: Path) -> bool:

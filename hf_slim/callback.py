@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .arguments import SlimConfig
@@ -231,6 +230,25 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return saved
 
 
+def add_sparsities(callbacks: Iterable[TrainerCallback], state: TrainerState, logs: dict[str, Any]) -> None:
+    """Add the sparsities to an entry of the log that holds the training loss.
+
+    Args:
+        callbacks: Those of the trainer.
+        state: The trainer's state, the last entry of whose history is the same one.
+        logs: The entry; changed in place.
+    """
+    for callback in callbacks:
+        if (
+            isinstance(callback, SlimTrainerCallback)
+            and callback.slimming is not None
+            and callback.slimming.plans
+            and "loss" in logs
+        ):
+            logs.update(callback.sparsities())
+            state.log_history[-1].update(callback.sparsities())
+
+
 def _loss_scale(optimizer: Any, device: torch.device) -> torch.Tensor | None:
     """The loss scale on the device: asking the scaler for the number would wait for it."""
     scaler = getattr(optimizer, "scaler", None)
@@ -250,35 +268,3 @@ def _was_skipped(optimizer: Any, scale_before: torch.Tensor | None) -> bool | to
 
 def _forget_best(state: TrainerState) -> None:
     state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-
-
-def install_log_hook() -> None:
-    """Add the sparsities to what a Trainer logs, before any of its callbacks sees it; once, however often called.
-
-    A callback cannot do this by itself: reporters such as TensorBoard come before it in the Trainer's list.
-    """
-    original = CallbackHandler.on_log
-    if getattr(original, "adds_sparsities", False):
-        return
-
-    @functools.wraps(original)
-    def on_log(
-        self: CallbackHandler,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-    ) -> TrainerControl:
-        for callback in self.callbacks:
-            if (
-                isinstance(callback, SlimTrainerCallback)
-                and callback.slimming is not None
-                and callback.slimming.plans
-                and "loss" in logs
-            ):
-                logs.update(callback.sparsities())
-                state.log_history[-1].update(callback.sparsities())
-        return original(self, args, state, control, logs)
-
-    on_log.adds_sparsities = True  # type: ignore[attr-defined]
-    CallbackHandler.on_log = on_log

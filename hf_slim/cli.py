@@ -6,14 +6,12 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
-
-from .arguments import SlimTrainingArguments
-from .data import DataArguments
-from .demo import demo_flags, write_demo
-from .recipe import ModelArguments, run
+if TYPE_CHECKING:
+    from .arguments import SlimTrainingArguments
+    from .data import DataArguments
+    from .recipe import ModelArguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["demo", "run"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     chosen = parser.parse_args(argv)
+    from .recipe import run  # not above, so that the usage is printed without the seconds that this takes
+
     flags = _parse_demo(chosen.flags) if chosen.command == "demo" else _parse(chosen.flags, "hf-slim run")
     _set_up_logging(flags[2])
     print(f"\n{run(*flags)}")
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse_demo(flags: list[str]) -> tuple[ModelArguments, DataArguments, SlimTrainingArguments]:
     """The arguments of the demo, whose files are written now."""
+    from .demo import demo_flags, write_demo
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="hf_slim_demo")
     known, rest = parser.parse_known_args(flags)
@@ -59,6 +61,12 @@ def _parse_demo(flags: list[str]) -> tuple[ModelArguments, DataArguments, SlimTr
 
 
 def _parse(flags: list[str], prog: str) -> tuple[ModelArguments, DataArguments, SlimTrainingArguments]:
+    from transformers import HfArgumentParser
+
+    from .arguments import SlimTrainingArguments
+    from .data import DataArguments
+    from .recipe import ModelArguments
+
     parser = HfArgumentParser((ModelArguments, DataArguments, SlimTrainingArguments), prog=prog)
     if len(flags) == 1 and flags[0].endswith(".json"):
         return parser.parse_json_file(flags[0])
@@ -66,6 +74,8 @@ def _parse(flags: list[str], prog: str) -> tuple[ModelArguments, DataArguments, 
 
 
 def _set_up_logging(arguments: SlimTrainingArguments) -> None:
+    from transformers.utils import logging as transformers_logging
+
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

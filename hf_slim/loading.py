@@ -1,9 +1,8 @@
-"""The shape record in config.json, and the hook that gives a model of that shape to `from_pretrained`."""
+"""The shape record in config.json: written, read, and applied to a model that is built."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,8 +68,8 @@ def set_shape_record(model: PreTrainedModel) -> None:
 def apply_shape_record(model: PreTrainedModel) -> None:
     """Give a freshly built model the shape that its config records; nothing if there is no record.
 
-    Called at the end of `PreTrainedModel.post_init`, so also for the models inside a model, which share its config:
-    names that belong to another level are left to that level.
+    A hook calls it at the end of `PreTrainedModel.post_init`, so also for the models inside a model, which share its
+    config: names that belong to another level are left to that level.
 
     Args:
         model: A model; changed in place.
@@ -98,37 +97,6 @@ def apply_shape_record(model: PreTrainedModel) -> None:
         raise ValueError(f"The shape record in {_where(model.config)} does not fit the model: {error}") from error
     model.__dict__[_GIVEN] = tuple(s.name for s in matched.values())
     _forget_remote_code(model)
-
-
-def install_hook() -> None:
-    """Make every transformers model apply the shape record of its config, and name a weight file that is damaged.
-
-    Once, however often it is called.
-    """
-    original = PreTrainedModel.post_init
-    if getattr(original, "applies_shape_record", False):
-        return
-    load = PreTrainedModel.from_pretrained.__func__
-
-    @functools.wraps(original)
-    def post_init(self: PreTrainedModel) -> None:
-        original(self)
-        apply_shape_record(self)
-
-    @functools.wraps(load)
-    def from_pretrained(
-        cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> PreTrainedModel:
-        try:
-            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
-            names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
-            raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
-
-    post_init.applies_shape_record = True  # type: ignore[attr-defined]
-    PreTrainedModel.post_init = post_init
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def find_damaged_weights(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:

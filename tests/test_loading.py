@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hf_slim import find_structures, model_slim, save_slimmed
-from hf_slim.loading import install_hook
 from hf_slim.masking import zero_units
 
 STOCK_IF_UNIFORM = {"llama", "mistral", "t5", "t5-gated"}
@@ -331,9 +330,3 @@ def test_the_damaged_shard_is_named(tmp_path):
     shards[1].write_bytes(shards[1].read_bytes()[:-9])
     with pytest.raises(SafetensorError, match=f"^{shards[1]} is damaged: "):
         AutoModel.from_pretrained(tmp_path / "slim")
-
-
-def test_the_hook_is_installed_once():
-    installed = transformers.PreTrainedModel.post_init
-    install_hook()
-    assert transformers.PreTrainedModel.post_init is installed

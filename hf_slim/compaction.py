@@ -13,7 +13,7 @@ from .attributes import set_count
 from .layers import sizes_of
 from .offloading import change_tensor
 from .selection import round_up
-from .structures import Masks, Structure, get_tensor
+from .structures import Masks, Structure, get_module, get_tensor
 from .widths import infer_widths
 
 
@@ -48,7 +48,7 @@ def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Mask
         for count in structure.counts:
             set_count(model, count, kept)
         for name in structure.reshaping if kept < structure.units else ():
-            infer_widths(model.get_submodule(name))
+            infer_widths(get_module(model, name))
         for member in structure.members:
             if member.role == "norm":
                 change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
@@ -103,7 +103,7 @@ def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor
     """Slice one tensor; the larger one is freed before the next is read."""
     get_tensor(model, name).grad = None
     change_tensor(model, name, lambda tensor: _without(tensor, dim, where))
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = get_module(model, name.rpartition(".")[0])
     for attribute, value in sizes_of(module).items():
         setattr(module, attribute, value)
 

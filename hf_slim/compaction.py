@@ -15,7 +15,7 @@ from .layers import sizes_of
 from .offloading import change_tensor
 from .optimizer_state import Place, find_state_slices, keep_state
 from .selection import round_up
-from .structures import Masks, Structure, get_tensor
+from .structures import Masks, Structure, get_module, get_tensor
 from .tiles import take_positions
 from .widths import infer_widths
 
@@ -65,7 +65,7 @@ def compact_model(
         for count in structure.counts:
             set_count(model, count, kept_units)
         for name in structure.reshaping if kept_units < structure.units else ():
-            infer_widths(model.get_submodule(name))
+            infer_widths(get_module(model, name))
         for member in structure.members:
             if member.role == "norm":
                 change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept_units) ** 0.5))
@@ -121,6 +121,6 @@ def _keep_positions(model: nn.Module, name: str, dim: int, keep: torch.Tensor) -
     """Slice one tensor; the larger one is freed before the next is read."""
     get_tensor(model, name).grad = None
     change_tensor(model, name, lambda tensor: take_positions(tensor, dim, keep))
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = get_module(model, name.rpartition(".")[0])
     for attribute, value in sizes_of(module).items():
         setattr(module, attribute, value)

@@ -16,7 +16,7 @@ from .containers import find_pretrained
 from .layers import sizes_of
 from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
 from .optimizer_state import find_state_slices
-from .structures import Discovery, Masks, Structure, get_tensor
+from .structures import Discovery, Masks, Structure, get_module, get_tensor
 
 
 class LiveUnits:
@@ -123,7 +123,7 @@ class LiveUnits:
                 )
             tensor.grad = None
             tensor.data = tensor.new_zeros(shape)
-            module = model.get_submodule(name.rpartition(".")[0])
+            module = get_module(model, name.rpartition(".")[0])
             for attribute, value in sizes_of(module).items():
                 setattr(module, attribute, value)
         for dense in self.found.structures:

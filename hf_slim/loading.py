@@ -47,8 +47,9 @@ def set_shape_record(model: PreTrainedModel) -> None:
     config = model.config
     config.__dict__.pop(RECORD_KEY, None)
     # Those of the dense model: sizes of the slim one may coincide, so that less can be told apart in it.
-    structures = find_structures(build_dense(model)).structures
-    if _has_shape_of(model, config, structures):
+    dense = build_dense(model)
+    structures = find_structures(dense).structures
+    if _is_like(dense, model, structures):
         return
     units = {relative_name(model, s): count_left(model, s) for s in structures}
     stock = _express(config, model, structures, units)
@@ -84,6 +85,9 @@ def apply_shape_record(model: PreTrainedModel) -> None:
     units = _read_record(model.config, record)
     # Sizes that a model inside has been given may coincide, so that less can be told apart now.
     given = _find_given(model)
+    if given.issuperset(units):
+        _forget_remote_code(model)
+        return
     by_name = {relative_name(model, s): s for s in find_structures(model).structures}
     matched = {name: s for name, s in by_name.items() if name in units and name not in given}
     _refuse_unknown(model, set(units) - set(by_name) - given, whole=bool(matched or given))
@@ -302,11 +306,22 @@ def _has_shape_of(
     *,
     only_structures: bool = False,
 ) -> bool:
-    """Whether the config builds a model with the same tensors and counting attributes (and maybe a head more)."""
+    """Whether the config builds a model that is like another."""
     try:
         built = _build(model, config)
     except (ValueError, RuntimeError):
         return False
+    return _is_like(built, model, structures, only_structures=only_structures)
+
+
+def _is_like(
+    built: PreTrainedModel,
+    model: PreTrainedModel,
+    structures: tuple[Structure, ...],
+    *,
+    only_structures: bool = False,
+) -> bool:
+    """Whether two models have the same tensors and counting attributes (and maybe a head more)."""
     shapes, wanted = _shapes(built), _shapes(model)
     names = {m.tensor for s in structures for m in s.members} if only_structures else wanted.keys()
     if any(shapes.get(name) != wanted[name] for name in names):

@@ -185,18 +185,17 @@ def _hooks_of(module: nn.Module) -> list[Any]:
 
 def _find_kept(model: nn.Module, name: str) -> _Kept | None:
     """What keeps the values of a tensor: the hook of its module or of one around it."""
-    path, _, leaf = name.rpartition(".")
-    key = leaf
-    while True:
-        for hook in _hooks_of(model.get_submodule(path)):
+    parts = name.split(".")
+    around: list[Any] = [model]
+    for child in parts[:-1]:
+        around.append(around[-1]._modules[child])
+    for depth in reversed(range(len(around))):
+        for hook in _hooks_of(around[depth]):
             if isinstance(hook, AlignDevicesHook) and hook.offload:
-                found = _look_up(hook.weights_map, key)
+                found = _look_up(hook.weights_map, ".".join(parts[depth:]))
                 if found is not None:
                     return found
-        if not path:
-            return None
-        path, _, child = path.rpartition(".")
-        key = f"{child}.{key}"
+    return None
 
 
 def _look_up(weights: Any, key: str) -> _Kept | None:

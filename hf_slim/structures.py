@@ -256,7 +256,23 @@ def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
         The tensor itself.
     """
     path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    return getattr(get_module(model, path), leaf)
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name; faster than `get_submodule`, which counts where a model has many.
+
+    Args:
+        model: Any module.
+        name: For example `encoder.layer.0.output.dense`, or nothing for the module itself.
+
+    Returns:
+        The module.
+    """
+    found: Any = model
+    for child in name.split(".") if name else ():
+        found = found._modules[child]
+    return found
 
 
 def total_units(structures: Iterable[Structure]) -> int:

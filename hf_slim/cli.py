@@ -6,14 +6,19 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .arguments import SlimTrainingArguments
+from .bench import run_bench
+from .bench_arguments import BenchArguments
 from .data import DataArguments
 from .demo import demo_flags, write_demo
 from .recipe import ModelArguments, run
+
+_RUN = (ModelArguments, DataArguments, SlimTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         ValueError: If an argument, a file or a column does not fit.
+        RuntimeError: If matplotlib is not installed, which bench needs.
         SystemExit: After help, or with a message about the usage.
     """
     parser = argparse.ArgumentParser(
@@ -34,14 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         description="Make a transformer model smaller and faster while it is fine-tuned, and compare it with the "
         "model trained dense.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="demo  generated sentence pairs and a small BERT: no files and no network needed\n"
-        "run   your model and data: flags, or one .json file of them\n\n"
-        "hf-slim run --help lists the flags. demo takes the same and has a default for what it needs.",
+        epilog="demo   generated sentence pairs and a small BERT: no files and no network needed\n"
+        "run    your model and data: flags, or one .json file of them\n"
+        "bench  times, FLOPs and peak memory of dense and slim models, as tables and a plot\n\n"
+        "hf-slim run --help and hf-slim bench --help list the flags. demo takes those of run and has a default for "
+        "what it needs.",
     )
-    parser.add_argument("command", choices=["demo", "run"])
+    parser.add_argument("command", choices=["demo", "run", "bench"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     chosen = parser.parse_args(argv)
-    flags = _parse_demo(chosen.flags) if chosen.command == "demo" else _parse(chosen.flags, "hf-slim run")
+    if chosen.command == "bench":
+        print(f"\n{run_bench(*_parse(chosen.flags, 'hf-slim bench', BenchArguments))}")
+        return 0
+    flags = _parse_demo(chosen.flags) if chosen.command == "demo" else _parse(chosen.flags, "hf-slim run", *_RUN)
     _set_up_logging(flags[2])
     print(f"\n{run(*flags)}")
     return 0
@@ -53,13 +64,14 @@ def _parse_demo(flags: list[str]) -> tuple[ModelArguments, DataArguments, SlimTr
     parser.add_argument("--output_dir", "--output-dir", default="hf_slim_demo")
     known, rest = parser.parse_known_args(flags)
     folder = Path(known.output_dir) / "data"
-    parsed = _parse([*demo_flags(folder), "--output_dir", known.output_dir, *rest], "hf-slim demo")
+    parsed = _parse([*demo_flags(folder), "--output_dir", known.output_dir, *rest], "hf-slim demo", *_RUN)
     write_demo(folder)
     return parsed
 
 
-def _parse(flags: list[str], prog: str) -> tuple[ModelArguments, DataArguments, SlimTrainingArguments]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, SlimTrainingArguments), prog=prog)
+def _parse(flags: list[str], prog: str, *kinds: type) -> Any:
+    """The flags, or what a .json file holds of them, as an instance of each of the dataclasses."""
+    parser = HfArgumentParser(kinds, prog=prog)
     if len(flags) == 1 and flags[0].endswith(".json"):
         return parser.parse_json_file(flags[0])
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)

@@ -15,7 +15,7 @@ from torch import nn
 
 from .auto_slim import model_slim
 from .bench_arguments import BenchArguments
-from .bench_memory import measure_first_parse
+from .bench_memory import measure_first_parse, read_weights
 from .bench_models import (
     Case,
     build_masked,
@@ -31,7 +31,7 @@ from .importance import score_structures
 from .report import measure_latency
 from .saving import save_slimmed
 from .structures import get_tensor
-from .timing import time_alternately, time_call
+from .timing import time_alternately, time_call, without_bars
 
 _COMPACTIONS = 3
 """Timed at most, since each needs a fresh masked model."""
@@ -89,7 +89,8 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
 
     Yields:
         One record: seconds to find the structures, to score the units of all, to read all weights once, to compact, to
-        save and to load; the ratio of compacting to reading; and that of loading slim to dense beside the slim model's
+        save and to load; the ratio of compacting to reading; and that of loading slim to dense, without and
+        with reading the weights, which are mapped and read from the file when they are needed, beside the slim model's
         share of the bytes.
     """
     device = arguments.torch_device
@@ -120,18 +121,9 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
         "parameters": case.parameters,
         "slim_parameters": case.slim_parameters,
         "load_ratio": seconds["load_slim"] / seconds["load_dense"],
+        "load_read_ratio": seconds["load_read_slim"] / seconds["load_read_dense"],
         "share": case.slim_bytes / case.bytes,
     }
-
-
-def read_weights(model: nn.Module) -> None:
-    """Read every weight once from memory, and nothing else.
-
-    Args:
-        model: The model.
-    """
-    for parameter in model.parameters():
-        parameter.detach().amax()
 
 
 def _time_compaction(case: Case, masked: nn.Module, arguments: BenchArguments) -> dict[str, list[float]]:
@@ -150,7 +142,7 @@ def _time_compaction(case: Case, masked: nn.Module, arguments: BenchArguments) -
 def _time_files(case: Case, masked: Any, arguments: BenchArguments) -> dict[str, list[float]]:
     slim = build_slim(case, arguments)
     repeats = min(arguments.repeats, _COMPACTIONS)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, without_bars():
         dense_folder, slim_folder = Path(name, "dense"), Path(name, "slim")
         times = time_alternately(
             {
@@ -167,6 +159,8 @@ def _time_files(case: Case, masked: Any, arguments: BenchArguments) -> dict[str,
             {
                 "load_dense": lambda: load_model(case, dense_folder, arguments),
                 "load_slim": lambda: load_model(case, slim_folder, arguments),
+                "load_read_dense": lambda: read_weights(load_model(case, dense_folder, arguments)),
+                "load_read_slim": lambda: read_weights(load_model(case, slim_folder, arguments)),
             },
             repeats=arguments.repeats,
             device=arguments.torch_device,

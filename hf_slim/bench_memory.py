@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from .auto_slim import model_slim
@@ -31,6 +32,7 @@ from .bench_models import (
 )
 from .bench_training import HAS_LIVE, make_steps
 from .discovery import find_structures
+from .timing import without_bars
 
 _TRAIN = ("plain", "scoring", "pruning", "pruning live", "masked", "live")
 _OTHERS = ("forward dense", "forward slim", "compact", "save dense", "save slim", "load dense", "load slim")
@@ -58,8 +60,9 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
     peaks: dict[str, int | None] = {}
     whats = [what for what in (*_TRAIN, *_OTHERS) if HAS_LIVE or what != "pruning live"]
     with tempfile.TemporaryDirectory() as folder:
-        build_model(case.config, arguments).save_pretrained(Path(folder, "dense"))
-        build_slim(case, arguments).save_pretrained(Path(folder, "slim"))
+        with without_bars():
+            build_model(case.config, arguments).save_pretrained(Path(folder, "dense"))
+            build_slim(case, arguments).save_pretrained(Path(folder, "slim"))
         for what in logging.tqdm(whats, desc="Memory", leave=False):
             peaks[what] = run_fresh(_find_peak, what, case, batch_size, length, arguments, folder)
             peak = peaks[what]
@@ -86,6 +89,16 @@ def measure_first_parse(case: Case, arguments: BenchArguments) -> float:
         Seconds.
     """
     return run_fresh(_time_first_parse, case, arguments)
+
+
+def read_weights(model: nn.Module) -> None:
+    """Read every weight once from memory, and nothing else.
+
+    Args:
+        model: The model.
+    """
+    for parameter in model.parameters():
+        parameter.detach().sum()
 
 
 def run_fresh(function: Callable[..., Any], *args: Any) -> Any:
@@ -122,12 +135,14 @@ def _find_peak(
     if not _can_measure(arguments.torch_device):
         return None
     _return_memory_at_once()
-    before = _read_held(arguments.torch_device)
+    logging.disable_progress_bar()
+    with_files = what.startswith("load")  # whose weights are pages of files
+    before = _read_held(arguments.torch_device, with_files=with_files)
     prepare, call = _make_call(what, case, batch_size, length, arguments, folder)
     prepare()
     _reset_peak(arguments.torch_device)
     call()
-    return _read_peak(arguments.torch_device) - before
+    return _read_peak(arguments.torch_device, with_files=with_files) - before
 
 
 def _make_call(
@@ -143,7 +158,7 @@ def _make_call(
         model = build_masked(case, arguments)
         return lambda: find_structures(model), lambda: model_slim(model, slim_settings(case.sparsity).slim_round_to)
     if verb == "load":
-        return lambda: None, lambda: load_model(case, Path(folder, which), arguments)
+        return lambda: None, lambda: read_weights(load_model(case, Path(folder, which), arguments))
     model = build_model(case.config, arguments) if which == "dense" else build_slim(case, arguments)
     if verb == "save":
         return lambda: None, lambda: model.save_pretrained(Path(folder, "again"))
@@ -176,16 +191,19 @@ def _reset_peak(device: torch.device) -> None:
         Path(_RESET).write_text("5")
 
 
-def _read_peak(device: torch.device) -> int:
-    """The peak since it was reset, without the pages of program files, which are read in piece by piece."""
+def _read_peak(device: torch.device, *, with_files: bool) -> int:
+    """The peak since it was reset; pages of program files, which are read in piece by piece, are best left out."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = _read_status()
-    return status["VmHWM"] - status["RssFile"]
+    return status["VmHWM"] - (0 if with_files else status["RssFile"])
 
 
-def _read_held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else _read_status()["RssAnon"]
+def _read_held(device: torch.device, *, with_files: bool) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    status = _read_status()
+    return status["VmRSS"] if with_files else status["RssAnon"]
 
 
 def _read_status() -> dict[str, int]:

@@ -189,7 +189,9 @@ def build_meta(config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
         The model on the meta device.
     """
     with torch.device("meta"), no_init_weights():
-        return _auto_class(config).from_config(copy.deepcopy(config), **keywords)
+        model = _auto_class(config).from_config(copy.deepcopy(config), **keywords)
+    model.tie_weights()
+    return model
 
 
 def load_model(case: Case, folder: Path, arguments: BenchArguments) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from .arguments import SlimConfig
 from .bench_arguments import BenchArguments
@@ -227,6 +227,7 @@ def _time_run(case: Case, batch_size: int, length: int, arguments: BenchArgument
         )
         callbacks = [SlimTrainerCallback(_settings(case, True, **_RUN))] if slim else []
         trainer = Trainer(build_model(case.config, arguments), training, train_dataset=rows, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
         wait_for(arguments.torch_device)
         start = time.perf_counter()
         trainer.train()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,18 @@ def time_call(call: Callable[[], Any], device: torch.device) -> float:
     call()
     wait_for(device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Have transformers show no progress bars, since each file that is saved or loaded has one."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def wait_for(device: torch.device) -> None:

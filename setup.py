@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", "matplotlib"]
+BENCH = ["matplotlib"]
+DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "ipykernel"]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
@@ -27,7 +28,13 @@ setup(
         "datasets",
         "evaluate",
     ],
-    extras_require={"test": TEST, "docs": DOCS, "integrations": INTEGRATIONS, "deepspeed": ["deepspeed", "ninja"]},
+    extras_require={
+        "test": TEST,
+        "docs": DOCS,
+        "bench": BENCH,
+        "integrations": INTEGRATIONS,
+        "deepspeed": ["deepspeed", "ninja"],
+    },
     entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from .structures import Kind
-
-_WARM_UP = 3
-_LONG = 5.0  # seconds from which measure_latency shows a progress bar
+from .timing import time_alternately
 
 
 @dataclass(frozen=True)
@@ -144,35 +141,18 @@ def measure_latency(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}: it is the number of timed passes of each model.")
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
     modes = {module: module.training for model in models.values() for module in model.modules()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    calls = {name: functools.partial(model, **inputs) for name, model in models.items()}
     try:
         for model in models.values():
             model.eval()
         with torch.inference_mode():
-            for _ in range(_WARM_UP):
-                round_time = sum(_time_forward(model, inputs) for model in models.values())
-            for _ in logging.tqdm(range(repeats), desc="Latency", disable=round_time * repeats < _LONG):
-                for name, model in models.items():
-                    times[name].append(_time_forward(model, inputs))
+            times = time_alternately(calls, repeats=repeats, device=device, desc="Latency")
     finally:
         for module, training in modes.items():
             module.training = training
     return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
-
-
-def _time_forward(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
-    device = next(iter(inputs.values())).device
-    _wait_for(device)
-    start = time.perf_counter()
-    model(**inputs)
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def _change(before: int, after: int) -> str:

@@ -1,13 +1,24 @@
 """Live compaction: the same training as with masks, on a model that shrinks under way."""
 
+import json
+
 import pytest
 import torch
 from conftest import build
 from safetensors.torch import load_file
 from test_callback import make_data, make_trainer, slim_callback, weights
+from tiny import build_tiny
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import ParallelMode
 
-from hf_slim import SlimTrainerCallback, find_structures, save_slimmed
+from hf_slim import (
+    SlimConfig,
+    SlimTrainerCallback,
+    find_structures,
+    model_slim,
+    parse_auto_slim_config,
+    save_slimmed,
+)
 
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -113,9 +124,8 @@ def test_resuming_with_model_init(tmp_path):
         callbacks=[SlimTrainerCallback()],
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert all(
-        torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in weights(resumed.model).items()
-    )
+    assert shapes(resumed.model) == shapes(trainer.model)
+    assert slim_callback(resumed).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
 
 
 def test_checkpoints_load_as_slim_models(family, tmp_path):
@@ -124,8 +134,11 @@ def test_checkpoints_load_as_slim_models(family, tmp_path):
     trainer.train()
     for step in (6, 12):
         loaded = type(model).from_pretrained(tmp_path / f"checkpoint-{step}")
-        saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
-        assert sum(p.numel() for p in loaded.parameters()) == sum(tensor.numel() for tensor in saved.values())
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        dropped = state["stateful_callbacks"]["SlimTrainerCallback"]["attributes"]["saved"]["dropped"]
+        whole = {name: len(mask) for name, mask in slim_callback(trainer).masks.items()}
+        found = {s.name: s.units for s in find_structures(loaded).structures}
+        assert found == {name: whole[name] - len(units) for name, units in dropped.items()}
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
@@ -175,3 +188,110 @@ def test_training_again_goes_on_from_what_is_left(tmp_path):
     trainer.train()
     assert shapes(trainer.model) == before
     assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def messages_of(monkeypatch):
+    messages = []
+    monkeypatch.setattr("hf_slim.slimming.logger.info", messages.append)
+    return messages
+
+
+def test_a_state_that_cannot_be_sliced_is_named(tmp_path, monkeypatch):
+    """The projection of GaLore mixes positions."""
+    pytest.importorskip("galore_torch")
+    settings = {"optim": "galore_adamw", "optim_args": "rank=4", "optim_target_modules": "all-linear"}
+    before = shapes(dropout_free())
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, **settings)
+    with pytest.raises(
+        RuntimeError, match="slim_live=True cannot be used here: AdamW keeps the state '.*' .* for bert"
+    ):
+        trainer.train()
+    assert shapes(trainer.model) == before
+    messages = messages_of(monkeypatch)
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live="auto", **settings)
+    trainer.train()
+    assert shapes(trainer.model) == before
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+    assert [
+        m.startswith("Dropped units stay in the model as zeros until it is saved: AdamW keeps") for m in messages
+    ] == [True]
+
+
+def test_a_norm_over_all_units_is_refused(tmp_path):
+    """Without some of the units its weight is rescaled, which AdamW would not follow."""
+    model = build_tiny("olmo2", "AutoModelForCausalLM")
+    with pytest.raises(ValueError, match="slim_live=True cannot be used here: .*q_norm.weight normalizes over all"):
+        make_trainer(model, tmp_path, slim_live=True).train()
+    before = shapes(model)
+    trainer = make_trainer(model, tmp_path, slim_live="auto", slim_round_to=4)
+    trainer.train()
+    assert shapes(model) == before and not slim_callback(trainer).slimming.is_live
+
+
+def test_two_devices_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True)
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(ValueError, match="slim_live=True cannot be used here: the training runs on several devices"):
+        trainer.train()
+
+
+def test_adapters_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(dropout_free(), peft.LoraConfig(target_modules=["query", "value"]))
+    trainer = make_trainer(model, tmp_path, slim_live=True, slim_criterion="magnitude")
+    with pytest.raises(ValueError, match="slim_live=True cannot be used here: PeftModel has adapters"):
+        trainer.train()
+
+
+def test_entries_of_the_two_calls_leave_the_rounding_to_model_slim(tmp_path):
+    model = dropout_free()
+    entries = parse_auto_slim_config(model, 0.5, 0.5, start_step=2, end_step=8, pruning_frequency=2)
+    before = shapes(model)
+    trainer = make_trainer(model, tmp_path, config=entries)
+    trainer.train()
+    assert shapes(model) == before
+    model_slim(model, round_multiplier=8)
+    assert shapes(model) != before
+
+
+def test_auto_is_live_on_one_device(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live="auto")
+    trainer.train()
+    assert slim_callback(trainer).slimming.is_live
+    assert SlimConfig().slim_live == "auto"
+
+
+class Graphs(TrainerCallback):
+    """How many graphs have been compiled at the end of each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("live", [True, False, None])
+def test_nothing_is_compiled_again_between_pruning_steps(live, tmp_path):
+    """Without any slimming something is compiled in steps 1 and 2."""
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 12, "slim_round_to": 1}
+    settings |= {"slim_start": 3, "slim_end": 9, "slim_frequency": 3, "slim_schedule": "linear"}
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=live or False, **settings)
+    if live is None:
+        trainer.remove_callback(SlimTrainerCallback)
+    graphs = Graphs()
+    trainer.add_callback(graphs)
+    torch._dynamo.reset()
+    trainer.train()
+    compiled = [after - before for before, after in zip(graphs.counts, graphs.counts[1:], strict=False)]
+    again = {step for step, number in enumerate(compiled, 2) if number}
+    assert again == ({2, 4, 7, 10} if live else {2})
+
+
+def test_tensors_are_contiguous_and_own_their_memory_alone(family, tmp_path):
+    trainer = make_trainer(build(family, spread=0.1), tmp_path, slim_live=True)
+    trainer.train()
+    states = [value for state in trainer.optimizer.optimizer.state.values() for value in state.values()]
+    for tensor in (*trainer.model.parameters(), *(state for state in states if torch.is_tensor(state))):
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

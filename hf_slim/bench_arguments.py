@@ -14,7 +14,7 @@ from .arguments import SlimConfig, check_whole
 
 PARTS = ("train", "run", "inference", "times", "memory")
 """What can be measured."""
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16")
 
 
 class Sparsity(NamedTuple):

@@ -61,6 +61,7 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
         peak cannot be measured: on the CPU outside Linux.
     """
     peaks: dict[str, int | None] = {}
+    base: int | None
     measured = {"train": _TRAIN, "inference": _INFERENCE, "times": _TIMES}
     parts = [part for part in measured if part in arguments.parts] or measured
     whats = [what for part in parts for what in measured[part] if HAS_LIVE or what != "pruning live"]
@@ -70,18 +71,18 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
             build_slim(case, arguments).save_pretrained(Path(folder, "slim"))
         for what in logging.tqdm(whats, desc="Memory", leave=False):
             peak = peaks[what] = run_fresh(_find_peak, what, case, batch_size, length, arguments, folder)
-            base = peaks["plain"] if what in _TRAIN else peaks["forward dense"] if what in _INFERENCE else case.bytes
+            against, base = "dense model", case.bytes
+            if what in _TRAIN:
+                against, base = "plain step", peaks["plain"]
+            elif what in _INFERENCE:
+                against, base = "forward dense", peaks["forward dense"]
             yield {
                 **case.to_record(),
                 "batch_size": batch_size,
                 "sequence_length": length,
                 "what": f"{what} step" if what in _TRAIN else what,
                 "peak_bytes": peak,
-                "against": "plain step"
-                if what in _TRAIN
-                else "forward dense"
-                if what in _INFERENCE
-                else "dense model",
+                "against": against,
                 "ratio": peak / base if peak is not None and base else None,
             }
 

@@ -178,7 +178,7 @@ def test_the_shapes_have_their_sizes():
         ({"repeats": "0"}, "--repeats must be a whole number from 1, got 0"),
         ({"threads": "0"}, "--threads must be a whole number from 1, got 0"),
         ({"parts": "train|test"}, "--parts must be one of train, run, inference, times, memory, got 'test'"),
-        ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, got 'int8'"),
         ({"device": "tpu"}, "--device must be one of cpu, cuda, got 'tpu'"),
         ({"sparsities": "0.5"}, r"--sparsities takes two numbers .*, such as 0\.8,0\.6, got '0\.5'"),
         ({"sparsities": "0.5,half"}, "--sparsities takes two numbers .*, got '0.5,half'"),

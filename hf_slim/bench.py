@@ -31,7 +31,7 @@ _PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 def run_bench(arguments: BenchArguments) -> str:
-    """Measure, and write `bench.json`, `bench.md` and `speedup.png`.
+    """Measure, and write `bench.json`, `bench.md` and, of train steps and inference, `speedup.png`.
 
     Args:
         arguments: The flags.
@@ -54,14 +54,17 @@ def run_bench(arguments: BenchArguments) -> str:
             bar.set_postfix_str(f"{part}, {what}")
             results[part] += measure()
             _write_json(folder / "bench.json", results, arguments)  # what is there if a later one fails
-    results["growth"] = find_growth(results.get("times", ()))
+    results["growth"] = find_growth(results)
     _write_json(folder / "bench.json", results, arguments)
     (folder / "bench.md").write_text(
         f"# {_describe(arguments)}\n\n`{_command(arguments)}`\n\n{format_markdown(results)}", encoding="utf-8"
     )
     removed = {(c.name, c.config.num_hidden_layers, str(c.sparsity)): c.removed for c in cases}
-    draw_speed_up(results, removed, folder / "speedup.png")
-    return f"{format_text(results)}\n\nThe figures lie in {folder}: bench.json, bench.md, speedup.png"
+    written = ["bench.json", "bench.md"]
+    if results.get("train") or results.get("inference"):
+        draw_speed_up(results, removed, folder / "speedup.png")
+        written.append("speedup.png")
+    return f"{format_text(results)}\n\nThe figures lie in {folder}: {', '.join(written)}"
 
 
 def _make_tasks(

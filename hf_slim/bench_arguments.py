@@ -14,7 +14,7 @@ from .arguments import SlimConfig, check_whole
 
 PARTS = ("train", "run", "inference", "times", "memory")
 """What can be measured."""
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16")
 
 
 class Sparsity(NamedTuple):
@@ -55,7 +55,10 @@ class BenchArguments:
         metadata={"help": "FFN2 and MHA sparsity, with a comma between them; several are drawn as a curve."},
     )
     parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": f"What to measure: {', '.join(PARTS)}."}
+        default_factory=lambda: list(PARTS),
+        metadata={
+            "help": f"What to measure: {', '.join(PARTS)}. The memory is that of the parts beside it, or of all."
+        },
     )
     layers: list[int] | None = field(
         default=None, metadata={"help": "Build every model with these numbers of layers, to see how the costs grow."}

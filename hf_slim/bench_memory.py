@@ -35,7 +35,8 @@ from .discovery import find_structures
 from .timing import without_bars
 
 _TRAIN = ("plain", "scoring", "pruning", "pruning live", "masked", "live")
-_OTHERS = ("forward dense", "forward slim", "compact", "save dense", "save slim", "load dense", "load slim")
+_INFERENCE = ("forward dense", "forward slim")
+_TIMES = ("compact", "save dense", "save slim", "load dense", "load slim")
 _STEPS = 3
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in malloc.h
 _PIECE = 64 * 1024
@@ -45,6 +46,8 @@ _RESET = "/proc/self/clear_refs"
 
 def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArguments) -> Iterator[dict[str, Any]]:
     """Measure the peak memory of train steps, forward passes, compacting, saving and loading.
+
+    Of these only what is timed in the same run, if anything is.
 
     Args:
         case: The case.
@@ -58,22 +61,28 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
         peak cannot be measured: on the CPU outside Linux.
     """
     peaks: dict[str, int | None] = {}
-    whats = [what for what in (*_TRAIN, *_OTHERS) if HAS_LIVE or what != "pruning live"]
+    base: int | None
+    measured = {"train": _TRAIN, "inference": _INFERENCE, "times": _TIMES}
+    parts = [part for part in measured if part in arguments.parts] or measured
+    whats = [what for part in parts for what in measured[part] if HAS_LIVE or what != "pruning live"]
     with tempfile.TemporaryDirectory() as folder:
         with without_bars():
             build_model(case.config, arguments).save_pretrained(Path(folder, "dense"))
             build_slim(case, arguments).save_pretrained(Path(folder, "slim"))
         for what in logging.tqdm(whats, desc="Memory", leave=False):
-            peaks[what] = run_fresh(_find_peak, what, case, batch_size, length, arguments, folder)
-            peak = peaks[what]
-            base = peaks["plain"] if what in _TRAIN else peaks["forward dense"] if "forward" in what else case.bytes
+            peak = peaks[what] = run_fresh(_find_peak, what, case, batch_size, length, arguments, folder)
+            against, base = "dense model", case.bytes
+            if what in _TRAIN:
+                against, base = "plain step", peaks["plain"]
+            elif what in _INFERENCE:
+                against, base = "forward dense", peaks["forward dense"]
             yield {
                 **case.to_record(),
                 "batch_size": batch_size,
                 "sequence_length": length,
                 "what": f"{what} step" if what in _TRAIN else what,
                 "peak_bytes": peak,
-                "against": "plain step" if what in _TRAIN else "forward dense" if "forward" in what else "dense model",
+                "against": against,
                 "ratio": peak / base if peak is not None and base else None,
             }
 

@@ -135,38 +135,41 @@ _WORDS = ("model", "FFN2,MHA", "step", "stock from", "what", "to", "cost")
 _GROWING = ("first_parse_s", "parse_s", "score_s", "compact_s", "save_slimmed_s", "load_slim_s")
 
 
-def find_growth(times: Records) -> list[dict[str, Any]]:
+def find_growth(results: Mapping[str, Records]) -> list[dict[str, Any]]:
     """How costs grow with the number of layers: if linearly, a layer costs the same in a deep model.
 
     Args:
-        times: The records of `measure_times`.
+        results: The records by part.
 
     Returns:
-        For each cost and number of layers milliseconds, milliseconds a layer, and their ratio to those of the model
-        with the fewest layers; nothing for a model that was measured with one number of layers only.
+        For each cost, of those that are paid once and of the extra work in train steps, and each number of layers
+        milliseconds, milliseconds a layer, and their ratio to those of the model with the fewest layers; nothing for a
+        model that was measured with one number of layers only.
     """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in times:
-        groups.setdefault((record["model"], record["sparsity"]), []).append(record)
-    growth = []
-    for (model, sparsity), records in groups.items():
-        records = sorted(records, key=lambda record: record["layers"])
-        for cost in _GROWING if len(records) > 1 else ():
-            fewest = records[0][cost] / records[0]["layers"]
-            for record in records:
-                each = record[cost] / record["layers"]
-                growth.append(
-                    {
-                        "model": model,
-                        "sparsity": sparsity,
-                        "cost": cost.removesuffix("_s"),
-                        "layers": record["layers"],
-                        "ms": 1000 * record[cost],
-                        "ms_per_layer": 1000 * each,
-                        "ratio": each / fewest,
-                    }
-                )
-    return growth
+    costs: dict[tuple[str, str, str], dict[int, float]] = {}
+    for record in results.get("times", ()):
+        for cost in _GROWING:
+            key = (record["model"], record["sparsity"], cost.removesuffix("_s"))
+            costs.setdefault(key, {})[record["layers"]] = 1000 * record[cost]
+    for record in results.get("train", ()):
+        if record["extra_ms"]:
+            cost = f"extra of a {record['step']} step, {record['batch_size']} x {record['sequence_length']}"
+            key = (record["model"], record["sparsity"], cost)
+            costs.setdefault(key, {})[record["layers"]] = record["extra_ms"]
+    return [
+        {
+            "model": model,
+            "sparsity": sparsity,
+            "cost": cost,
+            "layers": layers,
+            "ms": found[layers],
+            "ms_per_layer": found[layers] / layers,
+            "ratio": found[layers] / layers / (found[min(found)] / min(found)),
+        }
+        for (model, sparsity, cost), found in costs.items()
+        for layers in sorted(found)
+        if len(found) > 1
+    ]
 
 
 def format_text(results: Mapping[str, Records]) -> str:

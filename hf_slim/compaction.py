@@ -44,14 +44,7 @@ def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Mask
         if len(where):
             _remove_positions(model, name, dim, where)
     for structure in structures:
-        kept = int(masks[structure.name].sum())
-        for count in structure.counts:
-            set_count(model, count, kept)
-        for name in structure.reshaping if kept < structure.units else ():
-            infer_widths(get_module(model, name))
-        for member in structure.members:
-            if member.role == "norm":
-                change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
+        _follow(model, structure, int(masks[structure.name].sum()))
 
 
 def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
@@ -65,13 +58,24 @@ def resize_structures(model: nn.Module, structures: Sequence[Structure], units: 
     Raises:
         ValueError: If a structure has fewer units than asked for, or none are asked for.
     """
-    masks = {}
     for structure in structures:
         wanted = units[structure.name]
         if not 1 <= wanted <= structure.units:
             raise ValueError(f"{structure.name} has {structure.units} units, so it cannot be given {wanted}.")
-        masks[structure.name] = torch.arange(structure.units, device="cpu") < wanted
-    compact_model(model, structures, masks)
+    places = [(m.tensor, m.dim) for s in structures for m in s.members]
+    if len(set(places)) < len(places) or not all(get_tensor(model, name).is_meta for name, _ in places):
+        masks = {s.name: torch.arange(s.units, device="cpu") < units[s.name] for s in structures}
+        return compact_model(model, structures, masks)
+    # Where there are no values, and each place has one member, the sizes are all there is to know.
+    for structure in structures:
+        wanted = units[structure.name]
+        for member in structure.members:
+            tensor = get_tensor(model, member.tensor)
+            shape = list(tensor.shape)
+            shape[member.dim] -= (structure.units - wanted) * member.index.shape[1]
+            tensor.data = tensor.data.new_empty(shape)
+            _set_sizes(model, member.tensor)
+        _follow(model, structure, wanted)
 
 
 def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:
@@ -98,11 +102,27 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
     return rounded
 
 
+def _follow(model: nn.Module, structure: Structure, kept: int) -> None:
+    """Change what depends on the number of units besides the sizes of the tensors."""
+    for count in structure.counts:
+        set_count(model, count, kept)
+    for name in structure.reshaping if kept < structure.units else ():
+        infer_widths(get_module(model, name))
+    for member in structure.members:
+        if member.role == "norm":
+            change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
+
+
 @torch.no_grad()
 def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor) -> None:
     """Slice one tensor; the larger one is freed before the next is read."""
     get_tensor(model, name).grad = None
     change_tensor(model, name, lambda tensor: _without(tensor, dim, where))
+    _set_sizes(model, name)
+
+
+def _set_sizes(model: nn.Module, name: str) -> None:
+    """Let the layer of a tensor state its sizes."""
     module = get_module(model, name.rpartition(".")[0])
     for attribute, value in sizes_of(module).items():
         setattr(module, attribute, value)
@@ -113,8 +133,6 @@ def _without(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tenso
     size = tensor.shape[dim]
     keep = torch.ones(size, dtype=torch.bool, device="cpu")
     keep[where] = False
-    if tensor.is_meta:
-        return tensor.new_empty((*tensor.shape[:dim], int(keep.sum()), *tensor.shape[dim + 1 :]))
     # Heads keep ranges: whole blocks are copied, of the largest size that all ranges are multiples of.
     block = math.gcd(size, *((keep[1:] != keep[:-1]).nonzero().flatten() + 1).tolist())
     index = keep[::block].nonzero().flatten().to(tensor.device)

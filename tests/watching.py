@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watching(TorchDispatchMode):
-    """Keeps the shapes of the tensors with values that operations make; views of others are none."""
+    """Keeps the shapes of the floating-point tensors with values that operations make; views of others are none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Watching(TorchDispatchMode):
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
                 if tensor.untyped_storage()._cdata not in inputs:
                     self.made.add(tensor.shape)
         return result

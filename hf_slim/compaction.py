@@ -61,14 +61,7 @@ def compact_model(
         _keep_positions(model, *place, keep)
         keep_state(optimizer, get_tensor(model, place[0]), slices[place], keep)
     for structure in structures:
-        kept_units = int(masks[structure.name].sum())
-        for count in structure.counts:
-            set_count(model, count, kept_units)
-        for name in structure.reshaping if kept_units < structure.units else ():
-            infer_widths(get_module(model, name))
-        for member in structure.members:
-            if member.role == "norm":
-                change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept_units) ** 0.5))
+        _follow(model, structure, int(masks[structure.name].sum()))
     return [structure.keep(masks[structure.name], numbers) for structure in structures]
 
 
@@ -83,13 +76,37 @@ def resize_structures(model: nn.Module, structures: Sequence[Structure], units: 
     Raises:
         ValueError: If a structure has fewer units than asked for, or none are asked for.
     """
-    masks = {}
     for structure in structures:
         wanted = units[structure.name]
         if not 1 <= wanted <= structure.units:
             raise ValueError(f"{structure.name} has {structure.units} units, so it cannot be given {wanted}.")
-        masks[structure.name] = torch.arange(structure.units, device="cpu") < wanted
-    compact_model(model, structures, masks)
+    places = [(m.tensor, m.dim) for s in structures for m in s.members]
+    if len(set(places)) < len(places) or not all(get_tensor(model, name).is_meta for name, _ in places):
+        masks = {s.name: torch.arange(s.units, device="cpu") < units[s.name] for s in structures}
+        compact_model(model, structures, masks)
+        return
+    # Where there are no values, and each place has one member, the sizes are all there is to know.
+    for structure in structures:
+        wanted = units[structure.name]
+        for member in structure.members:
+            tensor = get_tensor(model, member.tensor)
+            shape = list(tensor.shape)
+            shape[member.dim] -= (structure.units - wanted) * member.index.shape[1]
+            tensor.data = tensor.data.new_empty(shape)
+            set_sizes(model, member.tensor)
+        _follow(model, structure, wanted)
+
+
+def set_sizes(model: nn.Module, name: str) -> None:
+    """Let a layer state the sizes that its weight has.
+
+    Args:
+        model: The model; changed in place.
+        name: Dotted name of the weight.
+    """
+    module = get_module(model, name.rpartition(".")[0])
+    for attribute, value in sizes_of(module).items():
+        setattr(module, attribute, value)
 
 
 def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:
@@ -116,11 +133,20 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
     return rounded
 
 
+def _follow(model: nn.Module, structure: Structure, kept: int) -> None:
+    """Change what depends on the number of units besides the sizes of the tensors."""
+    for count in structure.counts:
+        set_count(model, count, kept)
+    for name in structure.reshaping if kept < structure.units else ():
+        infer_widths(get_module(model, name))
+    for member in structure.members:
+        if member.role == "norm":
+            change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
+
+
 @torch.no_grad()
 def _keep_positions(model: nn.Module, name: str, dim: int, keep: torch.Tensor) -> None:
     """Slice one tensor; the larger one is freed before the next is read."""
     get_tensor(model, name).grad = None
     change_tensor(model, name, lambda tensor: take_positions(tensor, dim, keep))
-    module = get_module(model, name.rpartition(".")[0])
-    for attribute, value in sizes_of(module).items():
-        setattr(module, attribute, value)
+    set_sizes(model, name)

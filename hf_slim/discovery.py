@@ -44,6 +44,7 @@ _KINDS: tuple[Kind, ...] = ("ffn", "mha")
 _MHA_LAYOUTS = [(layout, {name.partition(".")[0] for name in layout.outputs}) for layout in MHA_LAYOUTS]
 _FFN_LAYOUTS = [(layout, {layout.second.partition(".")[0]}) for layout in FFN_LAYOUTS]
 """The layouts, each with the names of which a module must have one to match it."""
+_ROOTS = frozenset(root for _, roots in (*_MHA_LAYOUTS, *_FFN_LAYOUTS) for root in roots)
 _TABLES = {name: name.partition(".")[0] for name in SHARED_TABLES}
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
@@ -69,7 +70,9 @@ def find_structures(model: nn.Module) -> Discovery:
     skipped: list[Skipped] = []
     joint: dict[str, list[Structure]] = {}
     for path, module in model.named_modules():
-        children = {*module._modules, *module._parameters}
+        children = _ROOTS.intersection((*module._modules, *module._parameters))
+        if not children:
+            continue
         for mha, roots in _MHA_LAYOUTS:
             if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:

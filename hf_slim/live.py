@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from .attributes import set_count
-from .compaction import compact_model
+from .compaction import compact_model, set_sizes
 from .containers import find_pretrained
-from .layers import sizes_of
 from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
 from .optimizer_state import find_state_slices
-from .structures import Discovery, Masks, Structure, get_module, get_tensor
+from .structures import Discovery, Masks, Structure, get_tensor
 
 
 class LiveUnits:
@@ -123,9 +122,7 @@ class LiveUnits:
                 )
             tensor.grad = None
             tensor.data = tensor.new_zeros(shape)
-            module = get_module(model, name.rpartition(".")[0])
-            for attribute, value in sizes_of(module).items():
-                setattr(module, attribute, value)
+            set_sizes(model, name)
         for dense in self.found.structures:
             for count in dense.counts:
                 set_count(model, count, dense.units)

@@ -123,6 +123,25 @@ def is_dispatched(model: nn.Module) -> bool:
     return hasattr(model, "hf_device_map") and any(_hooks_of(module) for module in model.modules())
 
 
+def refuse_unmapped(model: nn.Module) -> None:
+    """Refuse to save a model with weights kept elsewhere that has no `device_map`, by which transformers sees them.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If there are such weights.
+    """
+    if hasattr(model, "hf_device_map"):
+        return
+    name = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if name is not None and is_offloaded(model, name):
+        raise ValueError(
+            f"{name} is offloaded without a device_map, so that save_pretrained would not find its values: load it "
+            "with device_map, or use dispatch_model of accelerate, which sets one."
+        )
+
+
 def find_device(model: nn.Module) -> torch.device:
     """The device on which a model takes its inputs.
 

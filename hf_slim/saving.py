@@ -30,7 +30,7 @@ from .inputs import make_inputs
 from .live import LiveUnits
 from .loading import count_left, find_stock_class
 from .model_card import write_model_card
-from .offloading import is_dispatched, read_tensor, writing_apart
+from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
@@ -96,6 +96,7 @@ def save_slimmed(
         raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     target = check_folder(output_dir)
     refuse_strategy(model)
+    refuse_unmapped(model)
     multiple = _round_to(trainer)
     name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
     if processing_class is None and trainer is not None:

@@ -12,6 +12,7 @@ from conftest import STACK, build, half_masks, logits, make_batch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from watching import Watching
 
 from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.masking import zero_units
@@ -330,3 +331,30 @@ def test_the_damaged_shard_is_named(tmp_path):
     shards[1].write_bytes(shards[1].read_bytes()[:-9])
     with pytest.raises(SafetensorError, match=f"^{shards[1]} is damaged: "):
         AutoModel.from_pretrained(tmp_path / "slim")
+
+
+def test_no_dense_weight_is_made_to_load_a_slim_model(family, tmp_path):
+    slim_folder(family, tmp_path)
+    with Watching() as watching:
+        dense = build(family)
+    slim = type(dense).from_pretrained(tmp_path)
+    shapes = [{tensor.shape for tensor in model.state_dict().values()} for model in (dense, slim)]
+    assert watching.made & (shapes[0] - shapes[1])
+    for keywords in ({}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}):
+        with Watching() as watching:
+            type(slim).from_pretrained(tmp_path, **keywords)
+        assert not watching.made & (shapes[0] - shapes[1])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_models_around_others_take_one_discovery(name, tmp_path, monkeypatch):
+    slim_folder(name, tmp_path)
+    asked = []
+
+    def find(model):
+        asked.append(type(model).__name__)
+        return find_structures(model)
+
+    monkeypatch.setattr("hf_slim.loading.find_structures", find)
+    type(build(name)).from_pretrained(tmp_path)
+    assert asked == [type(build(name).base_model).__name__]

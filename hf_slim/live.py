@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .attributes import set_count
 from .compaction import compact_model, set_sizes
 from .containers import find_pretrained
 from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
+from .offloading import change_tensor
 from .optimizer_state import find_state_slices
 from .structures import Discovery, Masks, Structure, get_tensor
 
@@ -113,15 +115,15 @@ class LiveUnits:
 
     def _restore_shape(self, model: nn.Module) -> None:
         """Bring all units back, without values."""
+        saved = model.state_dict().keys()
         for name, shape in self.shapes_before(model).items():
-            tensor = get_tensor(model, name)
-            if name not in model.state_dict():
+            if name not in saved:
                 raise ValueError(
                     f"The checkpoint has more units than the model is left with, and {name} is not in it: build the "
                     "model anew, and resume with that."
                 )
-            tensor.grad = None
-            tensor.data = tensor.new_zeros(shape)
+            get_tensor(model, name).grad = None
+            change_tensor(model, name, partial(torch.Tensor.new_zeros, size=shape))
             set_sizes(model, name)
         for dense in self.found.structures:
             for count in dense.counts:

@@ -67,7 +67,12 @@ def change_tensor(model: nn.Module, name: str, change: Callable[[torch.Tensor], 
     tensor = get_tensor(model, name)
     kept = _find_kept(model, name) if tensor.is_meta else None
     if kept is None:
-        tensor.data = change(tensor.data)
+        changed = change(tensor.data)
+        if tensor.requires_grad and changed.shape != tensor.shape:
+            # Autograd keeps the shape as long as anything holds the graph of an earlier step; another type resets it.
+            other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+            tensor.data = changed.new_empty(0, dtype=other)
+        tensor.data = changed
         return
     _refuse_unchangeable(model, name, kept)
     changed = change(kept.weights[kept.key])

@@ -157,6 +157,20 @@ def test_a_tensor_without_gradients_is_watched_until_it_has_some():
     assert not slimming._units._undecided
 
 
+def test_a_graph_of_an_earlier_step_may_be_held():
+    model = build("bert", spread=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    slimming = make_slimming(model, live=True, slim_start=2, slim_end=2, slim_schedule="oneshot")
+    held = []
+    for step in range(1, 5):
+        held.append(model(**make_batch(model, seed=step)).loss)
+        take_step(model, optimizer, slimming, step)
+    assert slimming.is_live
+    assert [s.units for s in slimming.structures] == [
+        2 * slimming._units.current(s).units for s in slimming.structures
+    ]
+
+
 def check_zeros(model, slimming):
     for structure in slimming.structures:
         for (name, dim), where in structure.positions(~slimming.masks[structure.name]).items():

@@ -1,4 +1,4 @@
-"""SlimTrainerCallback: scores, selects and zeroes units while a Trainer trains."""
+"""SlimTrainerCallback: scores, selects and drops units while a Trainer trains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training."""
+        """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training.
+
+        The units are those that the model had before anything was dropped.
+        """
         return self.slimming.masks if self.slimming is not None else {}
 
     def take_shape(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -147,7 +150,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Drop units if it is time, and write the zeros again that the optimizer may have moved."""
+        """Drop units if it is time, and keep dropped ones out."""
         step = state.global_step + 1
         if not self._running.has_reached_target:
             _forget_best(state)

@@ -41,10 +41,6 @@ from .structures import (
 )
 
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")
-_MHA_LAYOUTS = [(layout, {name.partition(".")[0] for name in layout.outputs}) for layout in MHA_LAYOUTS]
-_FFN_LAYOUTS = [(layout, {layout.second.partition(".")[0]}) for layout in FFN_LAYOUTS]
-"""The layouts, each with the names of which a module must have one to match it."""
-_ROOTS = frozenset(root for _, roots in (*_MHA_LAYOUTS, *_FFN_LAYOUTS) for root in roots)
 _TABLES = {name: name.partition(".")[0] for name in SHARED_TABLES}
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
@@ -69,11 +65,15 @@ def find_structures(model: nn.Module) -> Discovery:
     structures: list[Structure] = []
     skipped: list[Skipped] = []
     joint: dict[str, list[Structure]] = {}
+    # With each layout the names of which a module has to have one to match it.
+    mha_layouts = [(layout, {name.partition(".")[0] for name in layout.outputs}) for layout in MHA_LAYOUTS]
+    ffn_layouts = [(layout, {layout.second.partition(".")[0]}) for layout in FFN_LAYOUTS]
+    known = frozenset(root for _, roots in (*mha_layouts, *ffn_layouts) for root in roots)
     for path, module in model.named_modules():
-        children = _ROOTS.intersection((*module._modules, *module._parameters))
+        children = known.intersection((*module._modules, *module._parameters))
         if not children:
             continue
-        for mha, roots in _MHA_LAYOUTS:
+        for mha, roots in mha_layouts:
             if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:
                     found = read_mha(path, module, mha)
@@ -86,7 +86,7 @@ def find_structures(model: nn.Module) -> Discovery:
                     structures.append(found)
                 break
         taken: set[str] = set()
-        for ffn, roots in _FFN_LAYOUTS:
+        for ffn, roots in ffn_layouts:
             if not roots.isdisjoint(children) and ffn.second not in taken and matches_ffn(module, ffn):
                 taken.add(ffn.second)
                 try:

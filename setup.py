@@ -7,9 +7,9 @@ from setuptools import find_packages, setup
 BENCH = ["matplotlib"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
-TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "tensorboard", "nbclient", "ipykernel"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "ipykernel"]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
-TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna"]
+TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna", "tensorboard"]
 
 setup(
     name="hf-slim",

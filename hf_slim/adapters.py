@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layers import BASE, find_layer, join, tensors_outside
-from .structures import Structure
+from .structures import Structure, get_module
 
 REMEDY = (
     "Merge the adapters first (model = model.merge_and_unload()), or slim the model first and add adapters to the "
@@ -75,7 +75,7 @@ def merge_adapters(model: Any) -> Any:
 
 
 def _find_reasons(model: nn.Module, path: str) -> Iterator[str]:
-    module = model.get_submodule(path)
+    module = get_module(model, path)
     if isinstance(module, nn.Linear):
         weight, shape = module.weight, (module.out_features, module.in_features)
         if weight.shape != shape or not weight.is_floating_point():

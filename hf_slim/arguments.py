@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 ScheduleName = Literal["exp", "cubic", "cos", "linear", "oneshot"]
 CriterionName = Literal["magnitude", "snip_momentum", "taylor"]
 ScopeName = Literal["global", "local"]
+LiveChoice = Literal["auto", True, False]
 
 _WILDCARD = re.compile(r"[*?]|\[.+\]")
 """What makes a name a shell-style pattern."""
@@ -80,6 +81,14 @@ class SlimArgumentsMixin:
         metadata={
             "help": "Names of modules to leave alone. Each is a shell-style pattern or a regular expression that "
             "matches a module's whole dotted name or the end of it."
+        },
+    )
+
+    slim_live: LiveChoice = field(
+        default="auto",
+        metadata={
+            "help": "Remove dropped units from the model at once, so that training speeds up (True), keep them as "
+            "zeros until it is saved (False), or remove them at once wherever shapes can change under way (auto)."
         },
     )
 
@@ -171,9 +180,12 @@ def _check_fields(values: SlimArgumentsMixin) -> None:
         ("slim_schedule", ScheduleName),
         ("slim_criterion", CriterionName),
         ("slim_scope", ScopeName),
+        ("slim_live", LiveChoice),
     ):
-        if getattr(values, name) not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(values, name)!r}.")
+        value = getattr(values, name)
+        if not any(value is choice or (value == choice and isinstance(value, str)) for choice in get_args(kind)):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     for name in ("slim_round_to", "slim_min_heads"):
         check_whole(name, getattr(values, name))
     if isinstance(values.slim_exclude, str):

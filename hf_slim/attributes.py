@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .structures import Count
+from .structures import Count, get_module
 
 _CONFIG = "config."
 
@@ -56,7 +56,7 @@ def get_count(model: nn.Module, count: Count) -> Any:
     Returns:
         Its value, None if it is only set when units are removed.
     """
-    owner: Any = model.get_submodule(count.module)
+    owner: Any = get_module(model, count.module)
     for name in count.attribute.split("."):
         owner = getattr(owner, name, None)
     return owner
@@ -72,7 +72,7 @@ def set_count(model: nn.Module, count: Count, units: int) -> None:
         count: Which attribute of which module.
         units: The number of units.
     """
-    module = model.get_submodule(count.module)
+    module = get_module(model, count.module)
     if not count.attribute.startswith(_CONFIG):
         setattr(module, count.attribute, count.value(units))
         return

@@ -15,7 +15,8 @@ from .containers import find_pretrained
 from .discovery import find_structures, require_structures
 from .loading import set_shape_record
 from .masking import find_zero_units
-from .structures import Discovery, Kind, Structure, get_tensor
+from .offloading import check_values
+from .structures import Discovery, Kind, Structure
 
 PATTERNS: dict[str, Kind] = {"channelx1": "ffn", "mha": "mha"}
 """What `pattern` says of the kind of structure."""
@@ -153,9 +154,7 @@ def model_slim(model: nn.Module, round_multiplier: int = 32) -> nn.Module:
     if has_adapters(model):
         raise ValueError(f"{type(model).__name__} has adapters, so it cannot be made smaller. {REMEDY}")
     structures = require_structures(model, found)
-    empty = [member.tensor for s in structures for member in s.members if get_tensor(model, member.tensor).is_meta]
-    if empty:
-        raise ValueError(f"{empty[0]} is on the meta device, where tensors have no values: load the model whole.")
+    check_values(model, (member.tensor for s in structures for member in s.members))
     masks = round_masks(structures, find_zero_units(model, structures), round_multiplier)
     compact_model(model, structures, masks)
     for part in find_pretrained(model):

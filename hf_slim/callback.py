@@ -1,22 +1,24 @@
-"""SlimTrainerCallback: scores, selects and zeroes units while a Trainer trains."""
+"""SlimTrainerCallback: scores, selects and drops units while a Trainer trains."""
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .arguments import SlimConfig
+from .discovery import find_structures
+from .live import LiveUnits
 from .plan import from_state, to_state
-from .slimming import Slimming, check_saved
-from .strategy import refuse_strategy
+from .saved_state import check_saved, read_masks
+from .slimming import Slimming
+from .strategy import find_fixed_shapes, refuse_strategy
 
 logger = logging.get_logger(__name__)
 
@@ -38,12 +40,32 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
         self.slimming: Slimming | None = None
-        self._scale: float | None = None  # the loss scale (fp16) before the optimizer step
+        self._live: LiveUnits | None = None  # of a model that an earlier training, or a checkpoint, has made smaller
+        self._scale: torch.Tensor | None = None  # the loss scale (fp16) before the optimizer step
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training."""
+        """For each structure's name a boolean tensor of shape `[units]`, True = keep; empty before training.
+
+        The units are those that the model had before anything was dropped.
+        """
         return self.slimming.masks if self.slimming is not None else {}
+
+    def take_shape(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
+        """Give a model the shape that it had in a checkpoint, before the weights are loaded.
+
+        Args:
+            model: The model; changed in place where dropped units had left it in the checkpoint.
+            saved: What `find_saved` found in the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is of another model.
+        """
+        if not saved["live"]:
+            return
+        live = self._find_live(model) or LiveUnits(model, find_structures(model))
+        live.take_shape(model, read_masks(saved, live.masks))
+        self._live = live
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves in `trainer_state.json`: settings, schedule, dropped units and smoothed scores."""
@@ -69,9 +91,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
+        live = self._find_live(model)
         if self.slimming is not None:
             self.slimming.close()
-        self.slimming = None
+        self.slimming = self._live = None
         self._refuse_second(state)
         refuse_strategy(model, args)
         self.processes = args.world_size
@@ -83,7 +106,16 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
                 "nothing dropped so far and fractions counted of the steps that remain."
             )
         begin = state.global_step if saved is None else 0
-        self.slimming = Slimming(model, settings, state.max_steps, begin=begin, saved=saved, optimizer=optimizer)
+        self.slimming = Slimming(
+            model,
+            settings,
+            state.max_steps,
+            begin=begin,
+            saved=saved,
+            optimizer=optimizer,
+            live=live,
+            obstacle=find_fixed_shapes(model, args),
+        )
         if not self.slimming.plans:
             warnings.warn(
                 "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
@@ -106,7 +138,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         """Score the units from the gradients of this step."""
         if self._running.has_reached_target:
             return
-        self._scale = _loss_scale(optimizer)
+        self._scale = _loss_scale(optimizer, args.device)
         self._running.score(model, state.global_step + 1, may_be_skipped=self._scale is not None)
 
     def on_optimizer_step(
@@ -118,11 +150,12 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Drop units if it is time, and write the zeros again that the optimizer may have moved."""
+        """Drop units if it is time, and keep dropped ones out."""
         step = state.global_step + 1
         if not self._running.has_reached_target:
             _forget_best(state)
-            self._running.advance(model, optimizer, step, skipped=_was_skipped(optimizer, self._scale))
+            skipped = _was_skipped(optimizer, self._scale)
+            self._running.advance(model, optimizer, step, skipped=skipped)
             if self._running.has_reached_target and args.metric_for_best_model is not None:
                 logger.info(f"The final sparsity is reached at step {step}; the best model is sought from here on.")
         else:
@@ -160,6 +193,11 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         """
         return self._running.sparsities()
 
+    def _find_live(self, model: nn.Module) -> LiveUnits | None:
+        """The units of a model that is smaller than it was, if a training or a checkpoint of this callback did it."""
+        candidates = (self._live, self.slimming.live if self.slimming is not None else None)
+        return next((live for live in candidates if live is not None and live.belongs_to(model)), None)
+
     @property
     def _running(self) -> Slimming:
         if self.slimming is None:
@@ -195,49 +233,41 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return saved
 
 
-def _loss_scale(optimizer: Any) -> float | None:
+def add_sparsities(callbacks: Iterable[TrainerCallback], state: TrainerState, logs: dict[str, Any]) -> None:
+    """Add the sparsities to an entry of the log that holds the training loss.
+
+    Args:
+        callbacks: Those of the trainer.
+        state: The trainer's state, the last entry of whose history is the same one.
+        logs: The entry; changed in place.
+    """
+    for callback in callbacks:
+        if (
+            isinstance(callback, SlimTrainerCallback)
+            and callback.slimming is not None
+            and callback.slimming.plans
+            and "loss" in logs
+        ):
+            logs.update(callback.sparsities())
+            state.log_history[-1].update(callback.sparsities())
+
+
+def _loss_scale(optimizer: Any, device: torch.device) -> torch.Tensor | None:
+    """The loss scale on the device: asking the scaler for the number would wait for it."""
     scaler = getattr(optimizer, "scaler", None)
-    return None if scaler is None else scaler.get_scale()
+    return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
-def _was_skipped(optimizer: Any, scale_before: float | None) -> bool:
+def _was_skipped(optimizer: Any, scale_before: torch.Tensor | None) -> bool | torch.Tensor:
     """Whether gradients overflowed; fused optimizers skip in their kernel, and only the lower loss scale tells."""
-    scale = _loss_scale(optimizer)
-    lowered = scale is not None and scale_before is not None and scale < scale_before
-    return lowered or getattr(optimizer, "step_was_skipped", False)
+    if getattr(optimizer, "step_was_skipped", False):
+        return True
+    if scale_before is None:
+        return False
+    scale = _loss_scale(optimizer, scale_before.device)
+    lowered = False if scale is None else scale < scale_before
+    return bool(lowered) if scale_before.device.type == "cpu" else lowered
 
 
 def _forget_best(state: TrainerState) -> None:
     state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-
-
-def install_log_hook() -> None:
-    """Add the sparsities to what a Trainer logs, before any of its callbacks sees it; once, however often called.
-
-    A callback cannot do this by itself: reporters such as TensorBoard come before it in the Trainer's list.
-    """
-    original = CallbackHandler.on_log
-    if getattr(original, "adds_sparsities", False):
-        return
-
-    @functools.wraps(original)
-    def on_log(
-        self: CallbackHandler,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-    ) -> TrainerControl:
-        for callback in self.callbacks:
-            if (
-                isinstance(callback, SlimTrainerCallback)
-                and callback.slimming is not None
-                and callback.slimming.plans
-                and "loss" in logs
-            ):
-                logs.update(callback.sparsities())
-                state.log_history[-1].update(callback.sparsities())
-        return original(self, args, state, control, logs)
-
-    on_log.adds_sparsities = True  # type: ignore[attr-defined]
-    CallbackHandler.on_log = on_log

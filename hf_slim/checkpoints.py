@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from torch import nn
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -59,23 +59,41 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is damaged: {problem}. Resume from another checkpoint, or delete this one.")
 
 
-def install_resume_hook() -> None:
-    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only; once, however often called."""
-    original = Trainer.train
-    if getattr(original, "resumes_from_whole_checkpoints", False):
-        return
+def choose_checkpoint(resume_from_checkpoint: Any, output_dir: str | os.PathLike[str]) -> Any:
+    """The checkpoint that a training with a `SlimTrainerCallback` resumes from, a whole one.
 
-    @functools.wraps(original)
-    def train(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(callback, SlimTrainerCallback) for callback in self.callback_handler.callbacks):
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = find_whole_checkpoint(self.args.output_dir)
-            if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
-                check_checkpoint(resume_from_checkpoint)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+    Args:
+        resume_from_checkpoint: What `Trainer.train` was given under this name.
+        output_dir: The folder of the training.
 
-    train.resumes_from_whole_checkpoints = True  # type: ignore[attr-defined]
-    Trainer.train = train
+    Returns:
+        What `Trainer.train` is to take in its place: the last whole checkpoint for True, anything else as it is.
+
+    Raises:
+        ValueError: If there is no whole checkpoint, or the one given has a damaged file.
+    """
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = find_whole_checkpoint(output_dir)
+    if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
+        check_checkpoint(resume_from_checkpoint)
+    return resume_from_checkpoint
+
+
+def restore_shape(callbacks: Iterable[TrainerCallback], model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Give a model the shape that it had in a checkpoint, before the weights are loaded.
+
+    Args:
+        callbacks: Those of the trainer.
+        model: The model; changed in place where dropped units had left it in the checkpoint.
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is of another model.
+    """
+    saved = find_saved(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).stateful_callbacks)
+    for callback in callbacks:
+        if saved is not None and isinstance(callback, SlimTrainerCallback):
+            callback.take_shape(model, saved)
 
 
 def _is_cut_off(folder: Path) -> bool:

@@ -6,19 +6,12 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
-
-from .arguments import SlimTrainingArguments
-from .bench import run_bench
-from .bench_arguments import BenchArguments
-from .data import DataArguments
-from .demo import demo_flags, write_demo
-from .recipe import ModelArguments, run
-
-_RUN = (ModelArguments, DataArguments, SlimTrainingArguments)
+if TYPE_CHECKING:
+    from .arguments import SlimTrainingArguments
+    from .data import DataArguments
+    from .recipe import ModelArguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,10 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["demo", "run", "bench"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     chosen = parser.parse_args(argv)
+    # The commands are imported now, so that the usage is printed without the seconds that this takes.
     if chosen.command == "bench":
+        from .bench import run_bench
+        from .bench_arguments import BenchArguments
+
         print(f"\n{run_bench(*_parse(chosen.flags, 'hf-slim bench', BenchArguments))}")
         return 0
-    flags = _parse_demo(chosen.flags) if chosen.command == "demo" else _parse(chosen.flags, "hf-slim run", *_RUN)
+    from .recipe import run
+
+    flags = _parse_demo(chosen.flags) if chosen.command == "demo" else _parse_run(chosen.flags, "hf-slim run")
     _set_up_logging(flags[2])
     print(f"\n{run(*flags)}")
     return 0
@@ -60,17 +59,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse_demo(flags: list[str]) -> tuple[ModelArguments, DataArguments, SlimTrainingArguments]:
     """The arguments of the demo, whose files are written now."""
+    from .demo import demo_flags, write_demo
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="hf_slim_demo")
     known, rest = parser.parse_known_args(flags)
     folder = Path(known.output_dir) / "data"
-    parsed = _parse([*demo_flags(folder), "--output_dir", known.output_dir, *rest], "hf-slim demo", *_RUN)
+    parsed = _parse_run([*demo_flags(folder), "--output_dir", known.output_dir, *rest], "hf-slim demo")
     write_demo(folder)
     return parsed
 
 
+def _parse_run(flags: list[str], prog: str) -> tuple[ModelArguments, DataArguments, SlimTrainingArguments]:
+    from .arguments import SlimTrainingArguments
+    from .data import DataArguments
+    from .recipe import ModelArguments
+
+    return _parse(flags, prog, ModelArguments, DataArguments, SlimTrainingArguments)
+
+
 def _parse(flags: list[str], prog: str, *kinds: type) -> Any:
     """The flags, or what a .json file holds of them, as an instance of each of the dataclasses."""
+    from transformers import HfArgumentParser
+
     parser = HfArgumentParser(kinds, prog=prog)
     if len(flags) == 1 and flags[0].endswith(".json"):
         return parser.parse_json_file(flags[0])
@@ -78,6 +89,8 @@ def _parse(flags: list[str], prog: str, *kinds: type) -> Any:
 
 
 def _set_up_logging(arguments: SlimTrainingArguments) -> None:
+    from transformers.utils import logging as transformers_logging
+
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

@@ -4,53 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .attributes import set_count
 from .layers import sizes_of
+from .offloading import change_tensor
+from .optimizer_state import Place, find_state_slices, keep_state
 from .selection import round_up
-from .structures import Masks, Structure, get_tensor
+from .structures import Masks, Structure, get_module, get_tensor
+from .tiles import take_positions
 from .widths import infer_widths
 
 
-def compact_model(model: nn.Module, structures: Sequence[Structure], masks: Masks) -> None:
+def compact_model(
+    model: nn.Module, structures: Sequence[Structure], masks: Masks, optimizer: Any = None
+) -> list[Structure]:
     """Remove the units that the masks drop: slice the tensors and change the attributes that count units.
 
-    The Parameter objects stay the same, with smaller data; their gradients are dropped. Dropping units that are not
-    zero changes what the model computes.
+    The Parameter objects stay the same, with smaller data, and so in the optimizer's parameter groups; their gradients
+    are dropped. Dropping units that are not zero changes what the model computes.
 
     Args:
         model: The model that the structures were found in; changed in place.
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        optimizer: The optimizer in the middle of a training, if there is one; its state is sliced as well.
+
+    Returns:
+        The structures as they are now, in the same order.
 
     Raises:
         ValueError: If a mask keeps no unit at all.
+        RuntimeError: If the optimizer's state cannot be sliced; nothing has been changed then.
     """
-    dropped: dict[tuple[str, int], list[torch.Tensor]] = {}
+    dropped: dict[Place, list[torch.Tensor]] = {}
     for structure in structures:
         if not masks[structure.name].any():
             raise ValueError(
                 f"{structure.name}: the mask keeps none of the {structure.units} units; keep one at least."
             )
         for place, where in structure.positions(~masks[structure.name]).items():
-            dropped.setdefault(place, []).append(where)
-    for (name, dim), parts in dropped.items():
-        where = torch.cat(parts)
-        if len(where):
-            _remove_positions(model, name, dim, where)
+            if len(where):
+                dropped.setdefault(place, []).append(where)
+    slices, problems = find_state_slices(optimizer, model, dropped)
+    for problem in problems.values():
+        raise RuntimeError(f"The units cannot be removed in the middle of a training: {problem}.")
+    numbers = {}
+    for place, parts in dropped.items():
+        keep = torch.ones(get_tensor(model, place[0]).shape[place[1]], dtype=torch.bool, device="cpu")
+        keep[torch.cat(parts)] = False
+        numbers[place] = keep.cumsum(0) - 1
+        _keep_positions(model, *place, keep)
+        keep_state(optimizer, get_tensor(model, place[0]), slices[place], keep)
     for structure in structures:
-        kept = int(masks[structure.name].sum())
-        for count in structure.counts:
-            set_count(model, count, kept)
-        for name in structure.reshaping if kept < structure.units else ():
-            infer_widths(model.get_submodule(name))
-        for member in structure.members:
-            if member.role == "norm":
-                with torch.no_grad():
-                    get_tensor(model, member.tensor).mul_((structure.units / kept) ** 0.5)
+        _follow(model, structure, int(masks[structure.name].sum()))
+    return [structure.keep(masks[structure.name], numbers) for structure in structures]
 
 
 def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
@@ -64,13 +76,37 @@ def resize_structures(model: nn.Module, structures: Sequence[Structure], units: 
     Raises:
         ValueError: If a structure has fewer units than asked for, or none are asked for.
     """
-    masks = {}
     for structure in structures:
         wanted = units[structure.name]
         if not 1 <= wanted <= structure.units:
             raise ValueError(f"{structure.name} has {structure.units} units, so it cannot be given {wanted}.")
-        masks[structure.name] = torch.arange(structure.units, device="cpu") < wanted
-    compact_model(model, structures, masks)
+    places = [(m.tensor, m.dim) for s in structures for m in s.members]
+    if len(set(places)) < len(places) or not all(get_tensor(model, name).is_meta for name, _ in places):
+        masks = {s.name: torch.arange(s.units, device="cpu") < units[s.name] for s in structures}
+        compact_model(model, structures, masks)
+        return
+    # Where there are no values, and each place has one member, the sizes are all there is to know.
+    for structure in structures:
+        wanted = units[structure.name]
+        for member in structure.members:
+            tensor = get_tensor(model, member.tensor)
+            shape = list(tensor.shape)
+            shape[member.dim] -= (structure.units - wanted) * member.index.shape[1]
+            tensor.data = tensor.data.new_empty(shape)
+            set_sizes(model, member.tensor)
+        _follow(model, structure, wanted)
+
+
+def set_sizes(model: nn.Module, name: str) -> None:
+    """Let a layer state the sizes that its weight has.
+
+    Args:
+        model: The model; changed in place.
+        name: Dotted name of the weight.
+    """
+    module = get_module(model, name.rpartition(".")[0])
+    for attribute, value in sizes_of(module).items():
+        setattr(module, attribute, value)
 
 
 def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:
@@ -97,13 +133,20 @@ def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) ->
     return rounded
 
 
+def _follow(model: nn.Module, structure: Structure, kept: int) -> None:
+    """Change what depends on the number of units besides the sizes of the tensors."""
+    for count in structure.counts:
+        set_count(model, count, kept)
+    for name in structure.reshaping if kept < structure.units else ():
+        infer_widths(get_module(model, name))
+    for member in structure.members:
+        if member.role == "norm":
+            change_tensor(model, member.tensor, partial(torch.mul, other=(structure.units / kept) ** 0.5))
+
+
 @torch.no_grad()
-def _remove_positions(model: nn.Module, name: str, dim: int, where: torch.Tensor) -> None:
-    tensor = get_tensor(model, name)
-    keep = torch.ones(tensor.shape[dim], dtype=torch.bool, device="cpu")
-    keep[where] = False
-    tensor.grad = None
-    tensor.data = tensor.data.index_select(dim, keep.nonzero().flatten().to(tensor.device))
-    module = model.get_submodule(name.rpartition(".")[0])
-    for attribute, value in sizes_of(module).items():
-        setattr(module, attribute, value)
+def _keep_positions(model: nn.Module, name: str, dim: int, keep: torch.Tensor) -> None:
+    """Slice one tensor; the larger one is freed before the next is read."""
+    get_tensor(model, name).grad = None
+    change_tensor(model, name, lambda tensor: take_positions(tensor, dim, keep))
+    set_sizes(model, name)

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import has_adapters
 from .inputs import RUN_ERRORS
 from .loading import RECORD_KEY, REMOTE_MODULE
+from .offloading import share_tensors
 from .remote_code import make_remote_code
 from .verification import VerificationError
 
@@ -46,7 +48,7 @@ def can_save(model: nn.Module) -> bool:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy the modules and tensors of a model.
+    """Copy the modules of a model; weights are shared until one of the two is given new ones, as `model_slim` does.
 
     What else a module around the transformers models holds is shared with the copy: it may hold on to a trainer and
     its data.
@@ -55,9 +57,10 @@ def copy_model(model: nn.Module) -> nn.Module:
         model: The model.
 
     Returns:
-        The copy; what it computes and saves does not touch the model.
+        The copy; what it computes and saves does not touch the model. With adapters, whose merging changes weights
+        where they are, it has weights of its own.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {} if has_adapters(model) else share_tensors(model)
     inside = set()
     for part in find_pretrained(model):
         copy.deepcopy(part, memo)
@@ -74,7 +77,7 @@ def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | N
     """Save a module by its own method, and the remote-code file beside every transformers model that needs one.
 
     Args:
-        model: A transformers model, or a module that holds such; the `auto_map` of configs is set.
+        model: A transformers model, or a module that holds such.
         folder: The folder.
         max_shard_size: Size from which on the weights are split into several files; only for a transformers model.
 
@@ -89,6 +92,7 @@ def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | N
     if keywords and not isinstance(model, PreTrainedModel):
         raise ValueError(f"max_shard_size={max_shard_size!r} cannot be used with a {type(model).__name__}.")
     sources = {}
+    pointers = {part: part.config.__dict__.get("auto_map") for part in find_pretrained(model)}
     for part in find_pretrained(model):
         remote = make_remote_code(part) if hasattr(part.config, RECORD_KEY) else None
         if remote is not None:
@@ -97,6 +101,10 @@ def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | N
         save = _find_saver(model)
         assert save is not None
         save(str(folder), **keywords)
+    for part, pointer in pointers.items():
+        part.config.__dict__.pop("auto_map", None)
+        if pointer is not None:
+            part.config.auto_map = pointer
     for part in find_pretrained(model):
         if not any(saved is part for saved, _ in places):
             raise ValueError(

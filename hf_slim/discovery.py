@@ -27,9 +27,25 @@ from .layouts import (
     MhaLayout,
 )
 from .source import find_reads
-from .structures import Count, Discovery, Kind, Member, Skipped, Structure, UnaccountedError, blocks
+from .structures import (
+    Count,
+    Discovery,
+    Kind,
+    Member,
+    Skipped,
+    Structure,
+    UnaccountedError,
+    blocks,
+    get_module,
+    get_tensor,
+)
 
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")
+_MHA_LAYOUTS = [(layout, {name.partition(".")[0] for name in layout.outputs}) for layout in MHA_LAYOUTS]
+_FFN_LAYOUTS = [(layout, {layout.second.partition(".")[0]}) for layout in FFN_LAYOUTS]
+"""The layouts, each with the names of which a module must have one to match it."""
+_ROOTS = frozenset(root for _, roots in (*_MHA_LAYOUTS, *_FFN_LAYOUTS) for root in roots)
+_TABLES = {name: name.partition(".")[0] for name in SHARED_TABLES}
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
 
@@ -54,8 +70,11 @@ def find_structures(model: nn.Module) -> Discovery:
     skipped: list[Skipped] = []
     joint: dict[str, list[Structure]] = {}
     for path, module in model.named_modules():
-        for mha in MHA_LAYOUTS:
-            if matches_mha(module, mha) and not _matches_inside(module, mha):
+        children = _ROOTS.intersection((*module._modules, *module._parameters))
+        if not children:
+            continue
+        for mha, roots in _MHA_LAYOUTS:
+            if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:
                     found = read_mha(path, module, mha)
                 except UnaccountedError as reason:
@@ -67,8 +86,8 @@ def find_structures(model: nn.Module) -> Discovery:
                     structures.append(found)
                 break
         taken: set[str] = set()
-        for ffn in FFN_LAYOUTS:
-            if ffn.second not in taken and matches_ffn(module, ffn):
+        for ffn, roots in _FFN_LAYOUTS:
+            if not roots.isdisjoint(children) and ffn.second not in taken and matches_ffn(module, ffn):
                 taken.add(ffn.second)
                 try:
                     structures.append(read_ffn(path, module, ffn))
@@ -229,13 +248,16 @@ def _find_tables(model: nn.Module, owned: set[str]) -> tuple[dict[str, list[Memb
     counts: dict[str, list[Count]] = {}
     for path, module in model.named_modules():
         for name, dim in SHARED_TABLES.items():
+            root = _TABLES[name]
+            if root not in module._modules and root not in module._parameters:
+                continue
             tensor, full = find_tensor(module, name), join(path, name)
             if tensor is None or full in owned:
                 continue
             heads = tensor.shape[dim]
             tables.setdefault(path, []).append(Member(full, dim, blocks(heads, 1), "extra"))
             for owner in dict.fromkeys((path, full.rpartition(".")[0])):
-                values = model.get_submodule(owner).__dict__
+                values = get_module(model, owner).__dict__
                 known = counts.setdefault(path, [])
                 known += [Count(owner, key, 1) for key in QUERY_HEAD_COUNTS if values.get(key) == heads]
     return tables, counts
@@ -248,7 +270,7 @@ def _is_inside(name: str, path: str) -> bool:
 def _needs_bias(model: nn.Module, structure: Structure) -> bool:
     """Whether the module that makes query, key and value is given a bias for each head."""
     made = next(member for member in structure.members if member.role == "input").tensor
-    owner = model.get_submodule(layer_of(made).rpartition(".")[0])
+    owner = get_module(model, layer_of(made).rpartition(".")[0])
     if "position_bias" not in find_reads(type(owner)).arguments:
         return False
     return not any(m.role == "extra" and m.tensor.endswith(tuple(HEAD_TENSORS)) for m in structure.members)
@@ -269,8 +291,7 @@ def _refuse(
 def _find_shared(owners: Mapping[int, set[int]], model: nn.Module, structure: Structure) -> str | None:
     """The reason, if another module uses one of its parameters as well."""
     for member in structure.members:
-        path, _, leaf = member.tensor.rpartition(".")
-        if len(owners.get(id(getattr(model.get_submodule(path), leaf)), ())) > 1:
+        if len(owners.get(id(get_tensor(model, member.tensor)), ())) > 1:
             return f"{member.tensor} is used by more than one module, so that it cannot get a size of its own"
     return None
 
@@ -348,7 +369,7 @@ def _name_in_stack(model: nn.Module, name: str) -> str:
     """The name with the block's number in the nearest stack (a `PreTrainedModel`) replaced by `*`."""
     parts = name.split(".")
     stack = max(
-        (end for end in range(len(parts)) if isinstance(model.get_submodule(".".join(parts[:end])), PreTrainedModel)),
+        (end for end in range(len(parts)) if isinstance(get_module(model, ".".join(parts[:end])), PreTrainedModel)),
         default=0,
     )
     block = next((i for i in range(stack, len(parts)) if parts[i].isdigit()), None)

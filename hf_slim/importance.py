@@ -11,6 +11,7 @@ from torch import nn
 from .arguments import CriterionName
 from .sharding import find_local, sum_over_shards
 from .structures import Member, Structure, get_tensor
+from .tiles import sum_tiles
 from .zero import sum_places, whole_shape
 
 SMOOTHING = 0.9
@@ -46,7 +47,7 @@ def score_structures(
         sums = sum_places(zero, model, places, _PRODUCTS[criterion], gradient=criterion != "magnitude")
     scores = {}
     for name, members in scored.items():
-        parts = [sums[m.tensor, m.dim][m.index.to(sums[m.tensor, m.dim].device)].sum(1) for m in members]
+        parts = [m.sum_units(sums[m.tensor, m.dim]) for m in members]
         if criterion == "taylor":
             scores[name] = torch.stack(parts).sum(0).abs()
         else:
@@ -87,7 +88,7 @@ _PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
     "snip_momentum": lambda weight, gradient: (weight * gradient).abs(),
     "taylor": torch.mul,
 }
-"""What is scored, where the weight is not at hand as a whole row or column."""
+"""What is summed up for a score, element by element."""
 
 
 def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
@@ -101,14 +102,10 @@ def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionNam
     whole = get_tensor(model, name)
     weight = find_local(whole)
     if criterion == "magnitude":
-        return weight.abs().sum(dim=[d for d in range(weight.dim()) if d != dim], dtype=torch.float32)
+        return sum_tiles(dim, torch.abs, weight)
     if whole.grad is None:
         return torch.zeros(weight.shape[dim], device=weight.device)
-    gradient = find_local(whole.grad)
-    if criterion == "snip_momentum":
-        weight, gradient = weight.abs(), gradient.abs()
-    letters = "abcdefgh"[: weight.dim()]
-    return torch.einsum(f"{letters},{letters}->{letters[dim]}", weight, gradient).float()
+    return sum_tiles(dim, _PRODUCTS[criterion], weight, find_local(whole.grad))
 
 
 def _weights_per_unit(model: nn.Module, member: Member) -> float:

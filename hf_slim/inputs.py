@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .media import SEED, Inputs, Taker, make_audio, make_images, make_noise, make_series, make_videos, walk_configs
+from .offloading import find_device
 
 LENGTH = 16
 RUN_ERRORS = (
@@ -110,7 +111,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
+    device = find_device(model)
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -165,7 +166,7 @@ class _Example:
 
     def _fit(self, names: Collection[str], inputs: Inputs) -> Inputs:
         """Those inputs that a function takes, on the device and in the dtype of the model."""
-        fitting = {name: value.to(self.model.device) for name, value in inputs.items() if name in names}
+        fitting = {name: value.to(find_device(self.model)) for name, value in inputs.items() if name in names}
         return {n: v.to(self.model.dtype) if v.is_floating_point() else v for n, v in fitting.items()}
 
     def _placeholder(self, modality: str) -> int | None:

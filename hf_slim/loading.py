@@ -1,9 +1,8 @@
-"""The shape record in config.json, and the hook that gives a model of that shape to `from_pretrained`."""
+"""The shape record in config.json: written, read, and applied to a model that is built."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,8 +47,9 @@ def set_shape_record(model: PreTrainedModel) -> None:
     config = model.config
     config.__dict__.pop(RECORD_KEY, None)
     # Those of the dense model: sizes of the slim one may coincide, so that less can be told apart in it.
-    structures = find_structures(build_dense(model)).structures
-    if _has_shape_of(model, config, structures):
+    dense = build_dense(model)
+    structures = find_structures(dense).structures
+    if _is_like(dense, model, structures):
         return
     units = {relative_name(model, s): count_left(model, s) for s in structures}
     stock = _express(config, model, structures, units)
@@ -69,8 +69,8 @@ def set_shape_record(model: PreTrainedModel) -> None:
 def apply_shape_record(model: PreTrainedModel) -> None:
     """Give a freshly built model the shape that its config records; nothing if there is no record.
 
-    Called at the end of `PreTrainedModel.post_init`, so also for the models inside a model, which share its config:
-    names that belong to another level are left to that level.
+    A hook calls it at the end of `PreTrainedModel.post_init`, so also for the models inside a model, which share its
+    config: names that belong to another level are left to that level.
 
     Args:
         model: A model; changed in place.
@@ -85,6 +85,9 @@ def apply_shape_record(model: PreTrainedModel) -> None:
     units = _read_record(model.config, record)
     # Sizes that a model inside has been given may coincide, so that less can be told apart now.
     given = _find_given(model)
+    if given.issuperset(units):
+        _forget_remote_code(model)
+        return
     by_name = {relative_name(model, s): s for s in find_structures(model).structures}
     matched = {name: s for name, s in by_name.items() if name in units and name not in given}
     _refuse_unknown(model, set(units) - set(by_name) - given, whole=bool(matched or given))
@@ -98,37 +101,6 @@ def apply_shape_record(model: PreTrainedModel) -> None:
         raise ValueError(f"The shape record in {_where(model.config)} does not fit the model: {error}") from error
     model.__dict__[_GIVEN] = tuple(s.name for s in matched.values())
     _forget_remote_code(model)
-
-
-def install_hook() -> None:
-    """Make every transformers model apply the shape record of its config, and name a weight file that is damaged.
-
-    Once, however often it is called.
-    """
-    original = PreTrainedModel.post_init
-    if getattr(original, "applies_shape_record", False):
-        return
-    load = PreTrainedModel.from_pretrained.__func__
-
-    @functools.wraps(original)
-    def post_init(self: PreTrainedModel) -> None:
-        original(self)
-        apply_shape_record(self)
-
-    @functools.wraps(load)
-    def from_pretrained(
-        cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> PreTrainedModel:
-        try:
-            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
-            names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
-            raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
-
-    post_init.applies_shape_record = True  # type: ignore[attr-defined]
-    PreTrainedModel.post_init = post_init
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def find_damaged_weights(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
@@ -334,11 +306,22 @@ def _has_shape_of(
     *,
     only_structures: bool = False,
 ) -> bool:
-    """Whether the config builds a model with the same tensors and counting attributes (and maybe a head more)."""
+    """Whether the config builds a model that is like another."""
     try:
         built = _build(model, config)
     except (ValueError, RuntimeError):
         return False
+    return _is_like(built, model, structures, only_structures=only_structures)
+
+
+def _is_like(
+    built: PreTrainedModel,
+    model: PreTrainedModel,
+    structures: tuple[Structure, ...],
+    *,
+    only_structures: bool = False,
+) -> bool:
+    """Whether two models have the same tensors and counting attributes (and maybe a head more)."""
     shapes, wanted = _shapes(built), _shapes(model)
     names = {m.tensor for s in structures for m in s.members} if only_structures else wanted.keys()
     if any(shapes.get(name) != wanted[name] for name in names):

@@ -2,19 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .offloading import change_tensor, is_offloaded, read_tensor
+from .optimizer_state import Place, Slices, find_state_slices, zero_state
 from .sharding import find_begin, find_local, sum_over_shards
 from .structures import Masks, Structure, get_tensor
+from .tiles import find_nonzero
 from .zero import sum_places
 from .zero import write_zeros as write_zeros_everywhere
 
 Zeros = Sequence[tuple[str, int, torch.Tensor]]
 """Tensor names, dimensions and positions to be written with zeros."""
+
+
+class MaskedUnits:
+    """Dropped units that stay in the model as zeros: one of the two ways to apply masks while training.
+
+    The zeros are written when units are dropped, into the weights and into what the optimizer keeps for them. From
+    then on the gradients of a dropped unit are zero, so that an optimizer that works element by element does not move
+    it. That is seen to after the next optimizer step; what was moved, or has a gradient all the same (an activation
+    that is not zero at zero) is written again after every step from then on.
+
+    Args:
+        structures: The structures whose units may be dropped.
+        zero: DeepSpeed's ZeRO optimizer, if there is one; then everything is written again after every step.
+    """
+
+    is_live = False
+
+    def __init__(self, structures: Iterable[Structure], zero: Any = None) -> None:
+        """See the class."""
+        self._structures = {s.name: s for s in structures}
+        self._zero = zero
+        self._slices: Slices = {}
+        self._restless: Zeros = []
+        self._undecided: Zeros = []
+
+    def current(self, structure: Structure) -> Structure:
+        """A structure as it is in the model now."""
+        return structure
+
+    def expand(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the units of a structure that are in the model, as scores of all that it had; on the CPU."""
+        return scores.cpu()
+
+    def narrow(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """The reverse of `expand`."""
+        return scores
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any = None) -> None:
+        """Zero the units that masks drop.
+
+        Args:
+            model: The model; changed in place.
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+            optimizer: The optimizer, if there is one already.
+        """
+        zeros = find_zeros(model, self._structures.values(), masks, self._zero)
+        problems: Mapping[Place, str] = {}
+        if self._zero is None:
+            self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
+        self._write(model, zeros, optimizer)
+        self._restless = [z for z in zeros if self._zero is not None or z[:2] in problems]
+        self._undecided = [z for z in zeros if self._zero is None and z[:2] not in problems]
+
+    @torch.no_grad()
+    def hold(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Keep the zeros zero, after an optimizer step and before its gradients are gone.
+
+        Args:
+            model: The model; changed in place.
+            optimizer: The optimizer.
+        """
+        if self._undecided:
+            moved, settled = self._look(model)
+            self._write(model, self._undecided, optimizer)
+            self._restless = [*self._restless, *(z for z, m in zip(self._undecided, moved, strict=True) if m)]
+            pairs = zip(self._undecided, moved, settled, strict=True)
+            self._undecided = [z for z, m, done in pairs if not m and not done]
+        self._write(model, self._restless, optimizer)
+
+    def _look(self, model: nn.Module) -> tuple[list[bool], list[bool]]:
+        """Which zeros an optimizer step has moved or may move, and which it cannot, as other gradients are there."""
+        moved, settled = [], []
+        for name, dim, where in self._undecided:
+            tensor = get_tensor(model, name)
+            gradient = None if tensor.grad is None else find_nonzero(dim, find_local(tensor.grad))
+            weights = find_nonzero(dim, find_local(tensor))[where].any()
+            moved.append(weights if gradient is None else weights | gradient[where].any())
+            settled.append(gradient.any() if gradient is not None else torch.tensor(not tensor.requires_grad))
+        return _tell(moved), _tell(settled)
+
+    def _write(self, model: nn.Module, zeros: Zeros, optimizer: Any) -> None:
+        write_zeros(model, zeros, self._zero)
+        for name, dim, where in zeros if self._zero is None else ():
+            zero_state(optimizer, get_tensor(model, name), self._slices[name, dim], where)
 
 
 def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) -> None:
@@ -25,7 +114,12 @@ def zero_units(model: nn.Module, structures: Iterable[Structure], masks: Masks) 
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
     """
+    structures = list(structures)
     write_zeros(model, find_zeros(model, structures, masks))
+    for structure in structures:
+        for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            if len(where) and is_offloaded(model, name):
+                change_tensor(model, name, partial(_with_zeros, dim=dim, where=where))
 
 
 def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, zero: Any = None) -> Zeros:
@@ -57,27 +151,20 @@ def find_zeros(model: nn.Module, structures: Iterable[Structure], masks: Masks, 
 
 
 @torch.no_grad()
-def write_zeros(model: nn.Module, zeros: Zeros, optimizer: Any = None, zero: Any = None) -> None:
+def write_zeros(model: nn.Module, zeros: Zeros, zero: Any = None) -> None:
     """Write the zeros that `find_zeros` worked out.
 
     Args:
         model: The model; changed in place.
         zeros: Where.
-        optimizer: The optimizer, if any. One that keeps weights of its own and puts them into the model for evaluation
-            (schedule-free: Defazio et al. 2024, arXiv:2405.15682) gets the zeros there, too.
         zero: DeepSpeed's ZeRO optimizer, if there is one; its own copy of the weights gets the zeros, too.
     """
-    if zero is not None:
-        for name, dim, where in zeros:
-            write_zeros_everywhere(get_tensor(model, name), dim, where)
-        return
-    inner = getattr(optimizer, "optimizer", optimizer)
-    state = inner.state if callable(getattr(inner, "eval", None)) else {}
     for name, dim, where in zeros:
         tensor = get_tensor(model, name)
-        for kept in (tensor, *state.get(tensor, {}).values()):
-            if isinstance(kept, torch.Tensor) and kept.shape == tensor.shape:
-                find_local(kept).index_fill_(dim, where, 0)
+        if zero is not None:
+            write_zeros_everywhere(tensor, dim, where)
+        else:
+            find_local(tensor).index_fill_(dim, where, 0)
 
 
 def find_zero_units(
@@ -102,7 +189,7 @@ def find_zero_units(
     places = dict.fromkeys((m.tensor, m.dim) for members in asked.values() for m in members)
     if zero is None:
         counts = sum_over_shards(
-            model, {place: _count_others(get_tensor(model, place[0]), place[1]) for place in places}
+            model, {place: _count_others(read_tensor(model, place[0]), place[1]) for place in places}
         )
     else:
         counts = sum_places(zero, model, places, lambda weight: (weight != 0).float(), gradient=False)
@@ -113,8 +200,15 @@ def find_zero_units(
     }
 
 
+def _with_zeros(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(dim, where.to(tensor.device), 0)
+
+
 def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
-    local = find_local(tensor)
-    others = [d for d in range(local.dim()) if d != dim]
-    return ((local != 0).any(dim=others) if others else local != 0).float()
+    return find_nonzero(dim, find_local(tensor)).float()
+
+
+def _tell(flags: Sequence[torch.Tensor]) -> list[bool]:
+    """What flags say, waiting for the device once."""
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()

@@ -14,7 +14,7 @@ from .auto_slim import find_entry_structures, read_entry
 from .discovery import exclude_structures, find_structures, require_structures
 from .schedule import Schedule, make_schedule
 from .selection import check_reachable
-from .structures import Kind, Structure, get_tensor
+from .structures import Discovery, Kind, Structure, get_tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def make_plans(
     *,
     begin: int = 0,
     steps: Sequence[Sequence[int]] | None = None,
+    found: Discovery | None = None,
 ) -> list[Plan]:
     """Turn the settings into plans for one model and one training run, or refuse them.
 
@@ -56,6 +57,7 @@ def make_plans(
         max_steps: Optimizer steps of the training run.
         begin: Optimizer steps done before slimming begins.
         steps: The pruning steps of each plan, where an earlier part of this training has placed them.
+        found: What the model has, or had before a training made it smaller; found in it if it is not given.
 
     Returns:
         A plan for each kind with a target above 0; none if both are 0.
@@ -63,7 +65,7 @@ def make_plans(
     Raises:
         ValueError: If the settings cannot be carried out on this model in this run.
     """
-    found = find_structures(model)
+    found = find_structures(model) if found is None else found
     plans = []
     if isinstance(config, SlimConfig):
         kept = exclude_structures(found.structures, config.slim_exclude or ())

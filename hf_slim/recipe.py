@@ -92,7 +92,8 @@ def run(
         training_arguments: How to train and how much to remove.
 
     Returns:
-        The figures of the dense, the masked and the slimmed model.
+        The figures of the dense, the masked and the slimmed model; none of a masked one if dropped units left the
+        model while it trained (`slim_live`).
 
     Raises:
         ValueError: If an argument, a file or a column is missing or does not fit; before any training.
@@ -106,8 +107,9 @@ def run(
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
     trainer = _make_trainer(setup, training_arguments, "masked", _make_model(setup, training_arguments), slim=True)
     _train(trainer)
-    metrics = {"masked": _evaluate(trainer, setup.task)}
-    models = {"masked": trainer.model}
+    metrics, models = {}, {}
+    if not _left_the_model(trainer):
+        metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
     save_slimmed(
         trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id
     )
@@ -127,7 +129,7 @@ def run(
         name: ModelFigures(metrics[name], count_parameters(model), count_bytes(model), latency[name])
         for name, model in models.items()
     }
-    comparison = Comparison(figures["dense"], figures["masked"], figures["slimmed"], str(slim_model))
+    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model))
     if training_arguments.process_index == 0:
         comparison.save(output_dir / "comparison.json")
     return comparison
@@ -266,6 +268,12 @@ def _make_trainer(
         compute_metrics=_make_compute_metrics(setup.task),
         callbacks=callbacks,
     )
+
+
+def _left_the_model(trainer: Trainer) -> bool:
+    """Whether dropped units left the model while it trained."""
+    callbacks = trainer.callback_handler.callbacks
+    return any(isinstance(c, SlimTrainerCallback) and c.slimming is not None and c.slimming.is_live for c in callbacks)
 
 
 def _train(trainer: Trainer) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -24,11 +27,14 @@ from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
+from .live import LiveUnits
 from .loading import count_left, find_stock_class
 from .model_card import write_model_card
+from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
+from .structures import Structure, get_tensor
 from .verification import VerificationError, compare_outputs, compute_outputs
 
 logger = logging.get_logger(__name__)
@@ -65,7 +71,7 @@ def save_slimmed(
             also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
         push_to_hub: Upload the folder.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
-        inplace: Leave the caller's model slimmed, too; else it stays as it was.
+        inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made.
         max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
             `push_to_hub` of transformers.
@@ -90,15 +96,22 @@ def save_slimmed(
         raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     target = check_folder(output_dir)
     refuse_strategy(model)
+    refuse_unmapped(model)
     multiple = _round_to(trainer)
     name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
     if processing_class is None and trainer is not None:
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
 
+    slimming = _find_slimming(trainer)
+    live = slimming.live if slimming is not None else None
+    own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
+
     def save(whole: nn.Module) -> SlimReport:
-        slim, report, inputs = _slim_copy(whole, multiple, verify)
-        _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
+        slim = whole if own else _copy(whole)
+        with nullcontext() if own else writing_apart(slim):
+            slim, report, inputs = _slim(slim, multiple, verify, live)
+            _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
         if push_to_hub:
             _push(target, name, hub_kwargs)
         return report
@@ -108,23 +121,21 @@ def save_slimmed(
             raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
         gathered = gather_model(model)
         return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
-    report = save(model) if is_first_process() else _slim_copy(model, multiple, verify=False)[1]
-    if inplace:
+    report = save(model) if is_first_process() else _slim(model if own else _copy(model), multiple, verify=False)[1]
+    if inplace and not own:
         model_slim(model, multiple)
     return report
 
 
-def _slim_copy(
-    model: nn.Module, multiple: int, verify: bool | Mapping[str, Any]
+def _slim(
+    slim: nn.Module, multiple: int, verify: bool | Mapping[str, Any], live: LiveUnits | None = None
 ) -> tuple[nn.Module, SlimReport, list[dict[str, Any]]]:
-    """A slim copy of a model, what became smaller, and the inputs on which it was compared with the model."""
-    slim = _copy(model)
+    """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
     parts = find_pretrained(slim)
     inputs = _make_inputs(parts, verify)
     expected = [compute_outputs(part, batch) for part, batch in zip(parts, inputs, strict=True)] if inputs else []
     slim = merge_adapters(slim)
-    structures = require_structures(slim, find_structures(slim))
-    parameters, size = count_parameters(slim), count_bytes(slim)
+    before = _measure_before(slim, live)
     model_slim(slim, multiple)
     for part, batch, wanted in zip(parts, inputs, expected, strict=False):
         try:
@@ -136,15 +147,37 @@ def _slim_copy(
             ) from error
         compare_outputs(wanted, actual)
     report = SlimReport(
-        parameters,
+        before.parameters,
         count_parameters(slim),
-        size,
+        before.bytes,
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in structures),
+        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
     )
     if report.parameters_after == report.parameters_before:
-        logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
+        logger.warning(
+            "save_slimmed: no unit of the model is zero, so it is saved at the size it has. (What a Trainer removed "
+            "while it trained is reported if the Trainer is passed.)"
+        )
     return slim, report, inputs
+
+
+class _Before(NamedTuple):
+    parameters: int
+    bytes: int
+    structures: tuple[Structure, ...]
+
+
+def _measure_before(model: nn.Module, live: LiveUnits | None) -> _Before:
+    """A model before anything was removed, from it now or while it trained."""
+    parameters, size = count_parameters(model), count_bytes(model)
+    if live is None:
+        return _Before(parameters, size, require_structures(model, find_structures(model)))
+    for name, shape in live.shapes_before(model).items():
+        tensor = get_tensor(model, name)
+        removed = shape.numel() - tensor.numel()
+        parameters += removed if isinstance(tensor, nn.Parameter) else 0
+        size += removed * tensor.element_size()
+    return _Before(parameters, size, live.found.structures)
 
 
 def _write_folder(
@@ -172,19 +205,29 @@ def _write_folder(
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
     """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
-    reloaded = (
-        find_stock_class(slim)
-        .from_pretrained(folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation)
-        .to(slim.device)
+    with _loaded(folder, slim) as reloaded:
+        loaded = reloaded.state_dict()
+        for key in slim.state_dict():
+            if key not in loaded or not torch.equal(read_tensor(slim, key), read_tensor(reloaded, key)):
+                raise VerificationError(
+                    f"The saved folder gives another {key} than the slim model has. Nothing was saved."
+                )
+        expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
+        compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+
+
+@contextmanager
+def _loaded(folder: Path, slim: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model of a folder, on the device of another, or spread and offloaded as that one is."""
+    stock: Any = find_stock_class(slim)
+    load = partial(
+        stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation
     )
-    loaded = reloaded.state_dict()
-    for key, tensor in slim.state_dict().items():
-        if key not in loaded or not torch.equal(tensor, loaded[key]):
-            raise VerificationError(
-                f"The saved folder gives another {key} than the slim model has. Nothing was saved."
-            )
-    expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
-    compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+    if not is_dispatched(slim):
+        yield load().to(slim.device)
+        return
+    with TemporaryDirectory(prefix=".hf_slim-", dir=folder.parent) as apart:
+        yield load(device_map=slim.hf_device_map, offload_folder=apart)
 
 
 def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:
@@ -220,7 +263,7 @@ def _unwrap(model: Any) -> nn.Module:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy without gradients and without what accelerate wrapped around the forward pass."""
+    """A copy that shares weights until they change, without what accelerate wrapped around the forward pass."""
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)

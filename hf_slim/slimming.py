@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import nn
+from transformers.utils import logging
 
 from .arguments import SlimConfig
+from .discovery import find_structures
 from .importance import score_structures, smooth_scores
-from .masking import Zeros, find_zero_units, find_zeros, write_zeros
+from .live import LiveUnits, find_live_obstacle, find_state_obstacle
+from .masking import MaskedUnits, find_zero_units
+from .optimizer_state import has_state
 from .plan import Plan, make_plans, to_state
+from .saved_state import Settings, check_fit, read_masks, refuse_other_settings
 from .selection import select_units
 from .structures import Structure, get_tensor, total_units
 from .zero import call_before_step, clip_factor, find_zero_optimizer, whole_shapes
 
-Settings = SlimConfig | Sequence[dict[str, Any]]
-
-_MOST = torch.finfo(torch.float32).max
-"""The largest finite score; no comparison with NaN holds."""
+logger = logging.get_logger(__name__)
 
 
 class Slimming:
@@ -34,10 +35,13 @@ class Slimming:
         begin: Optimizer steps done before slimming begins; fractions in the settings are of those that remain.
         saved: What `to_state` gave when a checkpoint was written, to go on from there.
         optimizer: What the Trainer hands to callbacks.
+        live: The units of this model, if it has been made smaller by an earlier training or for a checkpoint.
+        obstacle: Why shapes cannot change in this training, if they cannot.
 
     Attributes:
         plans: What is removed, and when.
-        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; the units are those that the
+            model had before anything was dropped.
 
     Raises:
         ValueError: If the settings cannot be carried out on this model in this run, differ from those of the
@@ -53,25 +57,44 @@ class Slimming:
         begin: int = 0,
         saved: Mapping[str, Any] | None = None,
         optimizer: Any = None,
+        live: LiveUnits | None = None,
+        obstacle: str | None = None,
     ) -> None:
         """See the class."""
         self.settings = settings
         self._zero = find_zero_optimizer(optimizer)
         steps = None
         if saved is not None:
-            _refuse_other_settings(saved, settings)
+            refuse_other_settings(saved, settings)
             steps = [list(plan_steps) for plan_steps in saved["steps"]]
+        wanted = settings.slim_live if isinstance(settings, SlimConfig) else False
+        if wanted is False or (obstacle is not None and saved is None):
+            live = None
         with whole_shapes(model):
-            self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps)
-        self.masks = find_zero_units(model, self.structures, whole=True, zero=self._zero)
+            found = find_structures(model) if live is None else live.found
+            self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps, found=found)
+        obstacle = obstacle or find_live_obstacle(self.structures)
+        if obstacle is not None and self.plans and (wanted is True or live is not None):
+            asked = "slim_live=True" if wanted is True else "A checkpoint of a training with live compaction"
+            raise ValueError(f"{asked} cannot be used here: {obstacle}. Train with slim_live=False.")
+        self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
+        self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
+        if self.plans and live is None and wanted is not False and obstacle is None:
+            if saved is None or not any(saved["dropped"].values()):
+                self._live = LiveUnits(model, found)
+        self.masks = (
+            {s.name: live.masks[s.name].clone() for s in self.structures}
+            if live is not None
+            else find_zero_units(model, self.structures, whole=True, zero=self._zero)
+        )
         self._scores: dict[str, torch.Tensor] = {}
         self._pending: dict[str, torch.Tensor] = {}
-        self._is_checked = False
+        self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
+        self._bad_step: torch.Tensor | None = None  # the first step with a score that is not finite, 0 for none
         self._events = [0] * len(self.plans)
         if saved is not None:
             self._take_up(saved)
-        self._zeros: Zeros = find_zeros(model, self.structures, self.masks, self._zero)
-        write_zeros(model, self._zeros, zero=self._zero)
+        self._units.apply(model, self.masks, optimizer)
         self._undo: Callable[[], None] = lambda: None
         if self._zero is not None:
             self._undo = call_before_step(self._zero, lambda scale: self._score_scaled(model, scale))
@@ -79,6 +102,16 @@ class Slimming:
     def close(self) -> None:
         """Leave the optimizer as it was."""
         self._undo()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether dropped units have left the model."""
+        return self._units.is_live
+
+    @property
+    def live(self) -> LiveUnits | None:
+        """The units of the model, if dropped ones have left it."""
+        return self._units if isinstance(self._units, LiveUnits) else None
 
     @property
     def structures(self) -> list[Structure]:
@@ -98,6 +131,9 @@ class Slimming:
     def score(self, model: nn.Module, step: int, *, may_be_skipped: bool) -> None:
         """Score the units from the gradients of a step that is about to be taken.
 
+        Scores that are not finite are refused at once on the CPU. Elsewhere that would make the device wait at every
+        step, so they are refused at the next pruning step or checkpoint.
+
         Args:
             model: The model, with gradients.
             step: The optimizer step, counted from 1.
@@ -109,32 +145,26 @@ class Slimming:
         if self._zero is not None:
             return  # the step has been taken already, and the units scored right before it
         self._score(model, step)
-        if not may_be_skipped:
+        if not may_be_skipped and all(scores.device.type == "cpu" for scores in self._pending.values()):
             _refuse_nonfinite(self._pending, step)
-            self._is_checked = True
 
-    def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool) -> None:
-        """Take a step's scores into account, drop units if it is time, and write the zeros again.
+    def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool | torch.Tensor) -> None:
+        """Take a step's scores into account, and drop units if it is time; keep dropped ones out.
 
         Args:
             model: The model, after the optimizer has changed it.
             optimizer: The optimizer, in whose state there may be weights as well.
             step: The optimizer step, counted from 1.
-            skipped: Whether the optimizer skipped the step, so that its scores do not count.
+            skipped: Whether the optimizer skipped the step, so that its scores do not count; where only the device
+                knows, a boolean tensor there.
 
         Raises:
-            RuntimeError: If scores are NaN or infinite.
+            RuntimeError: If scores are NaN or infinite, or slim_live=True and the optimizer's state cannot be sliced.
         """
-        if not skipped and self._pending:
-            if not self._is_checked:
-                _refuse_nonfinite(self._pending, step)
-            if self._zero is not None:
-                factor = clip_factor(self._zero)
-                self._pending = {name: scores * factor for name, scores in self._pending.items()}
-            for name, scores in self._pending.items():
-                self._scores[name] = smooth_scores(self._scores.get(name), scores)
+        if skipped is not True and self._pending:
+            self._smooth(step, skipped)
         self._pending = {}
-        changed = False
+        changed = self._live is not None and has_state(optimizer) and self._choose(model, optimizer)
         for number, plan in enumerate(self.plans):
             due = plan.schedule.events_until(step)
             if due > self._events[number] and self._select(model, plan, step):
@@ -144,8 +174,9 @@ class Slimming:
                     for structure in plan.structures:
                         self._scores.pop(structure.name, None)
         if changed:
-            self._zeros = find_zeros(model, self.structures, self.masks, self._zero)
-        write_zeros(model, self._zeros, optimizer, self._zero)
+            self._apply(model, optimizer)
+        else:
+            self._units.hold(model, optimizer)
 
     def sparsities(self) -> dict[str, float]:
         """The sparsity in force.
@@ -163,20 +194,22 @@ class Slimming:
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, as plain JSON data."""
+        self._refuse_bad_step()
         return {
             "settings": to_state(self.settings),
             "steps": [list(plan.schedule.steps) for plan in self.plans],
             "events": list(self._events),
+            "live": self.is_live,
             "dropped": {name: (~mask).nonzero().flatten().tolist() for name, mask in self.masks.items()},
-            "scores": {name: scores.tolist() for name, scores in self._scores.items()},
+            "scores": {name: self._units.expand(name, scores).tolist() for name, scores in self._scores.items()},
         }
 
     def _score(self, model: nn.Module, step: int = 0) -> None:
-        self._pending, self._is_checked = {}, False
+        self._pending = {}
         scored: dict[Any, list[Structure]] = {}
         for plan, events in zip(self.plans, self._events, strict=True):
             if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
-                scored.setdefault(plan.criterion, []).extend(plan.structures)
+                scored.setdefault(plan.criterion, []).extend(self._units.current(s) for s in plan.structures)
         for criterion, structures in scored.items():
             if self._zero is None:
                 _require_gradients(model, structures, step)
@@ -187,37 +220,57 @@ class Slimming:
         self._score(model)
         self._pending = {name: scores / scale for name, scores in self._pending.items()}
 
+    def _smooth(self, step: int, skipped: bool | torch.Tensor) -> None:
+        """Smooth the scores of a step; on a device without waiting for it."""
+        if self._zero is not None:
+            factor = clip_factor(self._zero)
+            self._pending = {name: scores * factor for name, scores in self._pending.items()}
+        counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
+        first = next(iter(self._pending.values()))
+        if first.device.type == "cpu":
+            _refuse_nonfinite(self._pending, step)
+        else:
+            together = torch.cat([scores.to(first.device) for scores in self._pending.values()])
+            bad = torch.isfinite(together).all().logical_not()
+            bad = (bad if counted is None else bad.logical_and(counted)).mul(step)
+            before = torch.zeros_like(bad) if self._bad_step is None else self._bad_step
+            self._bad_step = torch.where(before.eq(0), bad, before)
+        for name, scores in self._pending.items():
+            smoothed = smooth_scores(self._scores.get(name), scores)
+            if counted is not None:
+                kept = self._scores.get(name, torch.zeros_like(scores)).to(scores.device)
+                smoothed = torch.where(counted.to(scores.device), smoothed, kept)
+            self._scores[name] = smoothed
+        self._taken = 1 if counted is None else counted.add(self._taken)
+
+    def _refuse_bad_step(self) -> None:
+        if self._bad_step is not None and int(self._bad_step):
+            _refuse_nonfinite(self._scores, int(self._bad_step))
+
     def _take_up(self, saved: Mapping[str, Any]) -> None:
-        units = {s.name: s.units for s in self.structures}
-        if set(saved["dropped"]) != set(units):
-            odd = sorted(set(saved["dropped"]) ^ set(units))
-            raise damaged(f"{odd[0]!r} is in only one of the state and the model")
-        for name, dropped in saved["dropped"].items():
-            if not all(type(unit) is int and 0 <= unit < units[name] for unit in dropped):
-                raise damaged(f"the dropped units of {name} are not among its {units[name]} units")
-            self.masks[name][dropped] = False
+        check_fit(saved, self.plans)
+        for name, mask in read_masks(saved, self.masks).items():
+            self.masks[name] &= mask
         for name, scores in saved["scores"].items():
-            if len(scores) != units.get(name) or not all(abs(score) <= _MOST for score in scores):
-                raise damaged(f"the scores of {name} are not {units.get(name)} finite numbers")
-            self._scores[name] = torch.tensor(scores)
+            self._scores[name] = self._units.narrow(name, torch.tensor(scores))
+        self._taken = len(self._scores)
         self._events = list(saved["events"])
-        if len(self._events) != len(self.plans) or any(
-            not 0 <= done <= len(plan.schedule.steps) for done, plan in zip(self._events, self.plans, strict=False)
-        ):
-            raise damaged(f"{self._events} pruning steps of {len(self.plans)} schedules are said to be done")
 
     def _select(self, model: nn.Module, plan: Plan, step: int) -> bool:
         """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
         scores = self._scores
         if plan.criterion == "magnitude":
-            scores = score_structures(model, plan.structures, plan.criterion, self._zero)
+            current = [self._units.current(s) for s in plan.structures]
+            scores = score_structures(model, current, plan.criterion, self._zero)
             _refuse_nonfinite(scores, step)
-        if any(s.name not in scores for s in plan.structures):
+        elif not int(self._taken):
             return False
+        self._refuse_bad_step()
+        agreed = _agree({s.name: scores[s.name] for s in plan.structures})
         self.masks.update(
             select_units(
                 plan.structures,
-                _agree({s.name: scores[s.name] for s in plan.structures}),
+                {name: self._units.expand(name, values) for name, values in agreed.items()},
                 self.masks,
                 plan.schedule.sparsity_at(step),
                 scope=plan.scope,
@@ -227,42 +280,28 @@ class Slimming:
         )
         return True
 
+    def _apply(self, model: nn.Module, optimizer: Any) -> None:
+        """Apply the masks, and keep the scores of what is left."""
+        self._choose(model, optimizer)
+        scores = {name: self._units.expand(name, values) for name, values in self._scores.items()}
+        self._units.apply(model, self.masks, optimizer)
+        self._scores = {name: self._units.narrow(name, values) for name, values in scores.items()}
 
-def check_saved(saved: Any) -> None:
-    """Refuse what cannot have come from `Slimming.to_state`.
-
-    Args:
-        saved: What a checkpoint holds.
-
-    Raises:
-        ValueError: If parts are missing or of other types.
-    """
-    kinds: dict[str, tuple[type, ...]] = {
-        "settings": (dict, list),
-        "steps": (list,),
-        "events": (list,),
-        "dropped": (dict,),
-        "scores": (dict,),
-    }
-    for name, kind in kinds.items():
-        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
-            raise damaged(f"it has no {name}")
-    if any(not isinstance(plan, list) or not plan or any(type(s) is not int for s in plan) for plan in saved["steps"]):
-        raise damaged("its steps are not lists of numbers")
-    if any(type(events) is not int for events in saved["events"]):
-        raise damaged("its events are not numbers")
-    if not all(isinstance(values, list) for name in ("dropped", "scores") for values in saved[name].values()):
-        raise damaged("its dropped units or scores are not lists")
-    if any(type(score) not in (int, float) for scores in saved["scores"].values() for score in scores):
-        raise damaged("its scores are not numbers")
-
-
-def damaged(what: str) -> ValueError:
-    """The error for a state that is not as it was written."""
-    return ValueError(
-        f"The slimming state in the checkpoint's trainer_state.json does not fit or is damaged: {what}. Resume from "
-        "another checkpoint, with the model of the run."
-    )
+    def _choose(self, model: nn.Module, optimizer: Any) -> bool:
+        """Take live compaction, before anything is dropped, if the optimizer's state can be sliced; once."""
+        live, self._live = self._live, None
+        if live is None:
+            return False
+        obstacle = find_state_obstacle(optimizer, model, self.structures)
+        if obstacle is None:
+            self._units = live
+            return True
+        if isinstance(self.settings, SlimConfig) and self.settings.slim_live is True:
+            raise RuntimeError(
+                f"slim_live=True cannot be used here: {obstacle}. Use another optimizer, or slim_live=False."
+            )
+        logger.info(f"Dropped units stay in the model as zeros until it is saved: {obstacle}.")
+        return False
 
 
 def _agree(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -293,27 +332,3 @@ def _refuse_nonfinite(scores: Mapping[str, torch.Tensor], step: int) -> None:
         f"The importance scores are not finite at step {step}, in {where}: weights or gradients hold NaN or "
         "infinity. Lower the learning rate, or look at the loss and the batch of this step."
     )
-
-
-def _refuse_other_settings(saved: Mapping[str, Any], settings: Settings) -> None:
-    given = json.loads(json.dumps(to_state(settings)))
-    if saved["settings"] != given:
-        raise ValueError(
-            f"The checkpoint was made with other slim settings: {_difference(saved['settings'], given)}. "
-            "Resume with the settings of the checkpoint, or start anew."
-        )
-
-
-def _difference(stored: Any, given: Any) -> str:
-    if isinstance(stored, list) and isinstance(given, list):
-        if len(stored) != len(given):
-            return f"{len(stored)} entries there, {len(given)} here"
-        entries = enumerate(zip(stored, given, strict=True))
-        return "; ".join(f"entry {number}: {_difference(*pair)}" for number, pair in entries if pair[0] != pair[1])
-    if isinstance(stored, dict) and isinstance(given, dict):
-        return ", ".join(
-            f"{name}={stored.get(name)!r} there, {given.get(name)!r} here"
-            for name in sorted({*stored, *given})
-            if stored.get(name) != given.get(name)
-        )
-    return f"{stored!r} there, {given!r} here"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,30 +66,23 @@ def _find_reads(kind: Any) -> Reads:
         if base is object or base.__module__.startswith(_GENERAL):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            tree = _find_class(base)
         except (OSError, TypeError):  # a class made at run time, around another one or with code of its own
             names = None if "forward" in vars(base) else names
             continue
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef) or function.name in _BUILDING:
                 continue
-            for name, chain in _self_reads(function):
+            reads, stores, called = _walk(function)
+            for name, chain in reads:
                 if name.startswith("config."):
                     config.add(name.removeprefix("config."))
                 elif names is not None:
                     names.add(name)
                 if not _shapes_a_result(function, chain):
                     used.add(name)
-            replaced |= {
-                node.attr
-                for node in ast.walk(function)
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-            }
-            calls |= {
-                node.func.attr
-                for node in ast.walk(function)
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            }
+            replaced |= stores
+            calls |= called
             if width is None and base is kind:
                 width = find_width(function)
     arguments = tuple(inspect.signature(kind.forward).parameters)
@@ -98,17 +90,80 @@ def _find_reads(kind: Any) -> Reads:
     return Reads(read, frozenset(config), frozenset(used), frozenset(replaced), frozenset(calls), arguments, width)
 
 
-def _self_reads(function: ast.FunctionDef) -> Iterator[tuple[str, list[ast.AST]]]:
-    """Each `self.name` or `self.config.name` that is read, with the nodes around it, the innermost last."""
-    todo: list[tuple[ast.AST, list[ast.AST]]] = [(function, [])]
+def _find_class(kind: type) -> ast.ClassDef:
+    """The syntax tree of a class.
+
+    Raises:
+        OSError: If its source cannot be had.
+        TypeError: Likewise.
+    """
+    found = _parse_module(kind.__module__).get(kind.__qualname__)
+    if found is None:
+        raise OSError(f"{kind.__module__} has no source of {kind.__qualname__}")
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_module(name: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by qualified name; a file is parsed once, however many of its classes are asked for."""
+    module = sys.modules.get(name)
+    if module is None:
+        raise OSError(f"{name} is not there")
+    found: dict[str, ast.ClassDef] = {}
+    todo: list[tuple[ast.AST, str]] = [(ast.parse(inspect.getsource(module)), "")]
     while todo:
-        node, chain = todo.pop()
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr, chain
-            elif ast.unparse(node.value) == "self.config":
-                yield f"config.{node.attr}", chain
-        todo += [(child, [*chain, node]) for child in ast.iter_child_nodes(node)]
+        node, prefix = todo.pop()
+        if isinstance(node, ast.ClassDef):
+            found.setdefault(f"{prefix}{node.name}", node)
+            prefix = f"{prefix}{node.name}."
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            prefix = f"{prefix}{node.name}.<locals>."
+        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+        todo += [(child, prefix) for child in reversed(inner)]
+    return found
+
+
+Read = tuple[str, list[ast.AST]]
+
+
+def _walk(function: ast.FunctionDef) -> tuple[list[Read], set[str], set[str]]:
+    """What a function reads of `self`, the attributes that it sets, and the methods and functions that it calls.
+
+    Of `self` each `name` or `config.name` that is read, with the nodes around it, the innermost last.
+    """
+    reads: list[Read] = []
+    stores: set[str] = set()
+    calls: set[str] = set()
+    chain: list[ast.AST] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Store):
+                stores.add(node.attr)
+            elif isinstance(node.ctx, ast.Load):
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    reads.append((node.attr, list(chain)))
+                elif _is_config(node.value):
+                    reads.append((f"config.{node.attr}", list(chain)))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            calls.add(node.func.attr)
+        chain.append(node)
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, (ast.expr_context, ast.operator, ast.cmpop)):
+                visit(child)
+        chain.pop()
+
+    visit(function)
+    return reads, stores, calls
+
+
+def _is_config(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == "config"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
 
 
 def _shapes_a_result(function: ast.FunctionDef, chain: list[ast.AST]) -> bool:

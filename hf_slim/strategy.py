@@ -9,8 +9,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed import is_available
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
+from .adapters import has_adapters
 from .sharding import is_sharded
+from .zero import is_partitioned
 
 FSDP_DIMS = ("fsdp", "dp_shard", "dp_shard_cp")
 """What transformers and accelerate call the dimension of a device mesh over which FSDP2 shards."""
@@ -31,6 +34,30 @@ def refuse_strategy(model: nn.Module, args: TrainingArguments | None = None) -> 
     found = next(_find_unsupported(model, args), None)
     if found is not None:
         raise ValueError(f"Slimming does not work with {found}: {_SUPPORTED}.")
+
+
+def find_fixed_shapes(model: nn.Module, args: TrainingArguments) -> str | None:
+    """Say why the shapes of parameters cannot change in the middle of a training.
+
+    Args:
+        model: The model, after it has been prepared for training.
+        args: The arguments of the training.
+
+    Returns:
+        The reason, None if they can change.
+    """
+    if args.parallel_mode != ParallelMode.NOT_PARALLEL or args.world_size > 1:
+        return (
+            f"the training runs on several devices ({args.parallel_mode.value}), where buffers for the gradients or "
+            "copies of the model have the shapes of its beginning"
+        )
+    if any(is_sharded(tensor) or is_partitioned(tensor) for tensor in model.parameters()):
+        return "the parameters are sharded, and the parts have the shapes of the beginning"
+    if args.deepspeed is not None:
+        return "DeepSpeed keeps the parameters in buffers of its own, which have the shapes of the beginning"
+    if has_adapters(model):
+        return f"{type(model).__name__} has adapters, which are merged before anything can be removed"
+    return None
 
 
 def _find_unsupported(model: nn.Module, args: TrainingArguments | None) -> Iterator[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import LongTensor, nn
@@ -36,6 +37,35 @@ class Member:
     dim: int
     index: LongTensor
     role: Role
+
+    def sum_units(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up what belongs to each unit, without waiting for the device.
+
+        Args:
+            values: A number for each position along the member's dimension.
+
+        Returns:
+            The sums, shape `[units]`, on the same device.
+        """
+        units, size = self.index.shape
+        if self._begin is not None:
+            return values.narrow(0, self._begin, units * size).view(units, size).sum(1)
+        if values.device not in self._moved:
+            self._moved[values.device] = self.index.to(values.device)
+        taken = values.index_select(0, self._moved[values.device].flatten())
+        return taken.view(units, size).sum(1)
+
+    @cached_property
+    def _begin(self) -> int | None:
+        """The first position, if all units together own a range, each a part of it in their order."""
+        flat = self.index.flatten()
+        is_range = bool((flat == torch.arange(len(flat), device="cpu") + flat[0]).all())
+        return int(flat[0]) if is_range else None
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, torch.Tensor]:
+        """The index on the devices that asked for it."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -112,6 +142,25 @@ class Structure:
         for member in self.members:
             found.setdefault((member.tensor, member.dim), []).append(member.index[units].flatten())
         return {place: torch.cat(parts).sort().values for place, parts in found.items()}
+
+    def keep(self, units: torch.Tensor, numbers: Mapping[tuple[str, int], torch.Tensor]) -> Structure:
+        """What the structure is after some of its units have been removed.
+
+        Args:
+            units: Boolean, shape `[units]`; True for the units that are left.
+            numbers: For each (tensor, dimension) from which positions were removed the new number of each old one.
+
+        Returns:
+            The structure with the units that are left, in the same order.
+        """
+
+        def renumber(member: Member) -> Member:
+            index: Any = member.index[units]
+            if (member.tensor, member.dim) in numbers:
+                index = numbers[member.tensor, member.dim][index]
+            return replace(member, index=index)
+
+        return replace(self, units=int(units.sum()), members=tuple(renumber(member) for member in self.members))
 
 
 Masks = Mapping[str, torch.Tensor]
@@ -207,7 +256,23 @@ def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
         The tensor itself.
     """
     path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    return getattr(get_module(model, path), leaf)
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name; faster than `get_submodule`, which counts where a model has many.
+
+    Args:
+        model: Any module.
+        name: For example `encoder.layer.0.output.dense`, or nothing for the module itself.
+
+    Returns:
+        The module.
+    """
+    found: Any = model
+    for child in name.split(".") if name else ():
+        found = found._modules[child]
+    return found
 
 
 def total_units(structures: Iterable[Structure]) -> int:

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from .inputs import RUN_ERRORS, describe, evaluating
+from .offloading import find_device
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference allowed, relative to the largest output; other types are allowed `LOW_PRECISION`."""
@@ -43,7 +44,7 @@ def compute_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, to
     """
     try:
         with evaluating(model):
-            outputs = model(**send_to_device(dict(inputs), next(model.parameters()).device))
+            outputs = model(**send_to_device(dict(inputs), find_device(model)))
     except RUN_ERRORS as error:
         raise ValueError(
             f"{type(model).__name__} cannot run on {describe(inputs)}: {error}. Pass a batch of yours, "

@@ -20,6 +20,7 @@ NAMES = [
     "slim_round_to",
     "slim_min_heads",
     "slim_exclude",
+    "slim_live",
 ]
 
 
@@ -43,11 +44,12 @@ def test_flags_parse():
     (args,) = parser.parse_args_into_dataclasses(
         "--output_dir out --ffn2_sparsity 0.8 --mha_sparsity 0.6 --slim_start 100 --slim_end 0.7 --slim_frequency 50 "
         "--slim_schedule exp --slim_criterion snip_momentum --slim_scope local --slim_round_to 16 --slim_min_heads 2 "
-        "--slim_exclude encoder.layer.0 .*attention".split()
+        "--slim_exclude encoder.layer.0 .*attention --slim_live False".split()
     )
     assert [getattr(args, name) for name in NAMES] == [
         *(0.8, 0.6, 100, 0.7, 50, "exp", "snip_momentum", "local", 16, 2),
         ["encoder.layer.0", ".*attention"],
+        False,
     ]
     assert isinstance(args.slim_start, int)
 

@@ -33,7 +33,7 @@ def make_trainer(model, folder, *, callbacks=(), config=None, trainer_class=Trai
         **settings,
     }
     if config is None:
-        args = SlimTrainingArguments(folder, **{**HALF, **settings})
+        args = SlimTrainingArguments(folder, **{**HALF, "slim_live": False, **settings})
     else:
         args = TrainingArguments(folder, **settings)
     data = make_data(model) if model is not None else None

@@ -24,7 +24,8 @@ from hf_slim.report import count_bytes, count_parameters
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "dull", "fine", "film", "play"]
 POSITIONS = 16
-SLIM = ("--ffn2_sparsity", "0.5", "--mha_sparsity", "0.5", "--slim_scope", "local", "--slim_round_to", "8")
+LIVE = ("--ffn2_sparsity", "0.5", "--mha_sparsity", "0.5", "--slim_scope", "local", "--slim_round_to", "8")
+SLIM = (*LIVE, "--slim_live", "False")
 # Of each of the 2 layers: 2 of 4 heads, 16 wide, from query, key and value with their biases and from the output
 # projection, and 32 of 64 channels from both sides.
 REMOVED = 2 * (16 * 33 * 3 + 16 * 32 + 32 * 33 + 32 * 32)
@@ -111,6 +112,14 @@ def test_classification_of_words(folder, capsys):
     assert classify("good film")[0]["label"] in ("False", "True")
 
 
+def test_units_that_leave_the_model_while_it_trains(folder, capsys):
+    live = _run(*_flags(folder), *LIVE)
+    dense = _bert_parameters(labels=2)
+    assert live["masked"] is None
+    assert [live[name]["parameters"] for name in ("dense", "slimmed")] == [dense, dense - REMOVED]
+    assert re.search(r"\n +dense +slimmed\n-+\naccuracy ", capsys.readouterr().out)
+
+
 def test_regression_of_pairs(folder):
     figures = _run(*_flags(folder, "pairs.csv"), *SLIM)
     assert list(figures["dense"]["metrics"]) == ["pearson", "spearman", "loss"]
@@ -176,7 +185,7 @@ def test_the_best_model_is_one_at_the_target_sparsity(folder):
 
 
 def test_a_json_file_of_arguments(folder):
-    flags = [*_flags(folder, "pairs.csv"), *SLIM]
+    flags = [*_flags(folder, "pairs.csv"), *LIVE]
     expected = _run(*flags)
     arguments = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
     numbers = ("max_steps", "max_seq_length", "per_device_train_batch_size", "per_device_eval_batch_size")

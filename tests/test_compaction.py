@@ -6,12 +6,15 @@ import pytest
 import torch
 import transformers
 from conftest import STACK, build, half_masks, logits, make_batch
+from watching import Watching
 
 from hf_slim import model_slim
 from hf_slim.compaction import compact_model, resize_structures, round_masks
 from hf_slim.discovery import find_structures
-from hf_slim.masking import find_zero_units, zero_units
+from hf_slim.masking import _count_others, find_zero_units, zero_units
+from hf_slim.offloading import change_tensor
 from hf_slim.report import count_parameters
+from hf_slim.structures import get_tensor
 
 PER_UNIT = {
     # Parameters of one channel, and of one head or group, summed over the structures of a kind (see EXPECTED_DROP).
@@ -161,3 +164,57 @@ def test_stacked_experts_keep_rows_of_16_bytes():
         slim = model_slim(model, 1)
         assert [s.units for s in find_structures(slim).of_kind("ffn")] == [40, 40]
         torch.testing.assert_close(slim(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compacted_tensors_are_contiguous_and_own_no_more_than_they_need(family):
+    model = build(family)
+    structures = find_structures(model).structures
+    compact_model(model, structures, half_masks(structures))
+    sliced = {member.tensor for structure in structures for member in structure.members}
+    for name in sliced:
+        tensor = get_tensor(model, name)
+        assert tensor.is_contiguous(), name
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+
+
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_only_what_is_zero_counts_as_zero(dtype):
+    smallest = {torch.float32: 1e-45, torch.float64: 5e-324, torch.float16: 6e-8, torch.bfloat16: 9.2e-41}
+    values = [0.0, -0.0, 1.0, -1.0, float("nan"), smallest.get(dtype, 2e-3), -smallest.get(dtype, 2e-3)]
+    if dtype != torch.float8_e4m3fn:
+        values += [float("inf"), -float("inf")]
+    weight = torch.zeros(5, len(values)).to(dtype)
+    weight[3] = torch.tensor(values, dtype=torch.float64).to(dtype)
+    expected = [0.0, 0.0] + [1.0] * (len(values) - 2)
+    assert _count_others(weight, 1).tolist() == expected
+    assert _count_others(weight.t().contiguous(), 0).tolist() == expected
+    assert _count_others(weight[None].expand(2, -1, -1), 2).tolist() == expected
+    assert _count_others(weight[3], 0).tolist() == expected
+    assert _count_others(weight[:0], 1).tolist() == [0.0] * len(values)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_no_tensor_of_the_size_of_a_weight_is_made_to_find_zeros(name):
+    model = build(name)
+    structures = find_structures(model).structures
+    sizes = [get_tensor(model, m.tensor).numel() for s in structures for m in s.deciders]
+    with Watching() as watching:
+        find_zero_units(model, structures)
+    assert watching.made and max(shape.numel() for shape in watching.made) < min(sizes)
+
+
+def test_the_old_tensor_is_gone_before_the_next_is_read(monkeypatch):
+    model = build("bert")
+    structures = find_structures(model).structures
+    sizes = []
+
+    def change(model, name, function):
+        sizes.append(sum(p.untyped_storage().nbytes() for p in model.parameters()))
+        change_tensor(model, name, function)
+
+    monkeypatch.setattr("hf_slim.compaction.change_tensor", change)
+    compact_model(model, structures, half_masks(structures))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)

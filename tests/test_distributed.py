@@ -1,5 +1,6 @@
 """A whole schedule in two processes gives the masks, and to rounding the weights, of one process."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from distributed import compare
 
 TESTS = Path(__file__).parent
+IN_TWO = ("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py")
 WITH_DEEPSPEED = [
     pytest.mark.deepspeed,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
@@ -34,23 +36,34 @@ def alone(request, tmp_path_factory):
     return request.param, out
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Trains a model in two processes, in the same way only once; gives the folder."""
+
+    @functools.cache
+    def train(mode: str, name: str) -> Path:
+        out = tmp_path_factory.mktemp(mode)
+        launch(*IN_TWO, mode, name, str(out))
+        return out
+
+    return train
+
+
 @pytest.mark.parametrize(
     "mode",
     ["ddp", "fsdp", *(pytest.param(mode, marks=WITH_DEEPSPEED) for mode in ("zero2", "zero3"))],
 )
-def test_two_processes_do_what_one_does(mode, alone, tmp_path):
+def test_two_processes_do_what_one_does(mode, alone, together):
     name, one = alone
-    launch("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py", mode, name, str(tmp_path))
-    result = compare(one, tmp_path)
+    result = compare(one, together(mode, name))
     assert (result["processes"], result["steps"], result["other_masks"], result["other_parameters"]) == (2, 12, 0, 0)
     assert result["loss"] < 1e-5
     assert result["weights"] < 1e-5
 
 
-def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(tmp_path):
-    command = ("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py", "ddp", "bert")
-    launch(*command, str(tmp_path / "whole"))
-    launch(*command, str(tmp_path / "resumed"), "--resume", str(tmp_path / "whole" / "run" / "checkpoint-5"))
-    result = compare(tmp_path / "whole", tmp_path / "resumed")
+def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(together, tmp_path):
+    whole = together("ddp", "bert")
+    launch(*IN_TWO, "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))
+    result = compare(whole, tmp_path)
     assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)
     assert (result["loss"], result["weights"]) == (0, 0)

@@ -12,9 +12,9 @@ from conftest import STACK, build, half_masks, logits, make_batch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from watching import Watching
 
 from hf_slim import find_structures, model_slim, save_slimmed
-from hf_slim.loading import install_hook
 from hf_slim.masking import zero_units
 
 STOCK_IF_UNIFORM = {"llama", "mistral", "t5", "t5-gated"}
@@ -131,63 +131,73 @@ def test_nested_encoder_alone(tmp_path):
 
 
 WITHOUT_HF_SLIM = """
-import sys
+import json, sys, traceback
 sys.modules["hf_slim"] = None  # any import of it fails
 import torch, transformers
-folder, auto_class, expected = sys.argv[1:]
-try:
-    getattr(transformers, auto_class).from_pretrained(folder)
-except RuntimeError as error:
-    assert "mismatched_sizes" in str(error), error
-else:
-    raise AssertionError("loaded without the shapes")
-model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
-case = torch.load(expected)
-assert model.state_dict().keys() == case["state"].keys()
-for name, tensor in model.state_dict().items():
-    assert torch.equal(tensor, case["state"][name]), name
-with torch.no_grad():  # the kernels, and with them the last bits, are this process's own
-    logits = model(**case["batch"]).logits
-torch.testing.assert_close(logits, case["logits"], rtol=1e-6, atol=1e-6)
-transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
-model.save_pretrained(folder + "-again")
-again = getattr(transformers, auto_class).from_pretrained(folder + "-again", trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(again(**case["batch"]).logits, logits)
-built = getattr(transformers, auto_class).from_config(model.config, trust_remote_code=True)
-assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+def check(folder, auto_class):
+    try:
+        getattr(transformers, auto_class).from_pretrained(folder)
+    except RuntimeError as error:
+        assert "mismatched_sizes" in str(error), error
+    else:
+        raise AssertionError("loaded without the shapes")
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+    case = torch.load(folder + "-expected.pt")
+    assert model.state_dict().keys() == case["state"].keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, case["state"][name]), name
+    with torch.no_grad():  # the kernels, and with them the last bits, are this process's own
+        logits = model(**case["batch"]).logits
+    torch.testing.assert_close(logits, case["logits"], rtol=1e-6, atol=1e-6)
+    transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(folder + "-again")
+    again = getattr(transformers, auto_class).from_pretrained(folder + "-again", trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**case["batch"]).logits, logits)
+    built = getattr(transformers, auto_class).from_config(model.config, trust_remote_code=True)
+    assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+errors = {}
+for name, auto_class in json.loads(sys.argv[1]).items():
+    try:
+        check(name, auto_class)
+        errors[name] = ""
+    except Exception:
+        errors[name] = traceback.format_exc()
+print(json.dumps(errors))
 """
+REMOTE = {
+    "bert": "AutoModelForSequenceClassification",
+    "gpt2": "AutoModelForCausalLM",
+    "opt": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "bart": "AutoModelForSeq2SeqLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "auto_class"),
-    [
-        ("bert", "AutoModelForSequenceClassification"),
-        ("gpt2", "AutoModelForCausalLM"),
-        ("opt", "AutoModelForCausalLM"),
-        ("llama", "AutoModelForCausalLM"),
-        ("bart", "AutoModelForSeq2SeqLM"),
-        ("t5", "AutoModelForSeq2SeqLM"),
-        ("vit", "AutoModelForImageClassification"),
-    ],
-)
-def test_remote_code_without_hf_slim(name, auto_class, tmp_path):
-    model = slim_folder(name, tmp_path / "slim")
-    batch = make_batch(model)
-    case = {"batch": batch, "logits": logits(model, batch), "state": model.state_dict()}
-    torch.save(case, tmp_path / "expected.pt")
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_HF_SLIM,
-        str(tmp_path / "slim"),
-        auto_class,
-        str(tmp_path / "expected.pt"),
-    ]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+@pytest.fixture(scope="module")
+def remote_errors(tmp_path_factory):
+    """For each of these families what went wrong in a process without hf_slim, one process for all of them."""
+    folder = tmp_path_factory.mktemp("remote")
+    for name in REMOTE:
+        model = slim_folder(name, folder / name)
+        batch = make_batch(model)
+        case = {"batch": batch, "logits": logits(model, batch), "state": model.state_dict()}
+        torch.save(case, folder / f"{name}-expected.pt")
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    command = [sys.executable, "-c", WITHOUT_HF_SLIM, json.dumps(REMOTE)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_remote_code_without_hf_slim(name, remote_errors):
+    assert remote_errors[name] == ""
 
 
 def test_remote_code_beside_hf_slim(tmp_path):
@@ -333,7 +343,28 @@ def test_the_damaged_shard_is_named(tmp_path):
         AutoModel.from_pretrained(tmp_path / "slim")
 
 
-def test_the_hook_is_installed_once():
-    installed = transformers.PreTrainedModel.post_init
-    install_hook()
-    assert transformers.PreTrainedModel.post_init is installed
+def test_no_dense_weight_is_made_to_load_a_slim_model(family, tmp_path):
+    slim_folder(family, tmp_path)
+    with Watching() as watching:
+        dense = build(family)
+    slim = type(dense).from_pretrained(tmp_path)
+    shapes = [{tensor.shape for tensor in model.state_dict().values()} for model in (dense, slim)]
+    assert watching.made & (shapes[0] - shapes[1])
+    for keywords in ({}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}):
+        with Watching() as watching:
+            type(slim).from_pretrained(tmp_path, **keywords)
+        assert not watching.made & (shapes[0] - shapes[1])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_models_around_others_take_one_discovery(name, tmp_path, monkeypatch):
+    slim_folder(name, tmp_path)
+    asked = []
+
+    def find(model):
+        asked.append(type(model).__name__)
+        return find_structures(model)
+
+    monkeypatch.setattr("hf_slim.loading.find_structures", find)
+    type(build(name)).from_pretrained(tmp_path)
+    assert asked == [type(build(name).base_model).__name__]

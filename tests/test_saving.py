@@ -94,10 +94,11 @@ def test_slim_round_to_of_the_trainer_holds(tmp_path):
     assert [s.after for s in report.structures if s.kind == "ffn"] == [16, 16]
 
 
-def test_fine_tuning_a_slim_model_again(tmp_path):
+@pytest.mark.parametrize("live", [True, False])
+def test_fine_tuning_a_slim_model_again(live, tmp_path):
     save_slimmed(masked(), tmp_path / "first")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
-    trainer = make_trainer(model, tmp_path / "out", slim_round_to=4)
+    trainer = make_trainer(model, tmp_path / "out", slim_round_to=4, slim_live=live)
     trainer.train()
     report = save_slimmed(trainer, tmp_path / "second")
     assert sum(s.before for s in report.structures if s.kind == "ffn") == 64

@@ -103,10 +103,15 @@ def format_lines(start: str, models: dict[str, dict]) -> list[str]:
     speed_up = dense["latency_ms"] / slimmed["latency_ms"]
     return [
         f"{start}| {metric} "
-        + "".join(f"| {models[name]['metrics'][metric]:.4f} " for name in ("dense", "masked", "slimmed"))
+        + "".join(_cell(models[name], metric) for name in ("dense", "masked", "slimmed"))
         + f"| {sizes} | {speed_up:.2f} |"
         for metric in dense["metrics"]
     ]
+
+
+def _cell(model: dict | None, metric: str) -> str:
+    """A figure; none of a masked model where dropped units left it while it trained."""
+    return "| - " if model is None else f"| {model['metrics'][metric]:.4f} "
 
 
 if __name__ == "__main__":

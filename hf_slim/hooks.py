@@ -1,0 +1,174 @@
+"""What `import hf_slim` adds to transformers: at once to modules that are imported already, to others once they are.
+
+Nothing heavy is imported before it is needed, so that `import hf_slim` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def install_hooks() -> None:
+    """Put the hooks of `HOOKS` in force; once, however often it is called."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name, hook in HOOKS.items():
+        if sys.modules.get(name) is not None:
+            hook(importlib.import_module(name))  # which waits where another thread is importing it
+
+
+def hook_models(module: ModuleType) -> None:
+    """Make every transformers model apply the shape record of its config, and name a weight file that is damaged.
+
+    Args:
+        module: `transformers.modeling_utils`.
+    """
+    from safetensors import SafetensorError
+
+    model_class = module.PreTrainedModel
+    build, load = model_class.post_init, model_class.from_pretrained.__func__
+    if _is_hook(build):
+        return
+
+    @functools.wraps(build)
+    def post_init(self: Any) -> None:
+        build(self)
+        if getattr(self.config, "slim", None) is not None:
+            from .loading import apply_shape_record
+
+            apply_shape_record(self)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            from .loading import find_damaged_weights
+
+            damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
+            names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
+            raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
+
+    model_class.post_init = _mark(post_init)
+    model_class.from_pretrained = classmethod(_mark(from_pretrained))
+
+
+def hook_logs(module: ModuleType) -> None:
+    """Add the sparsities to what a Trainer logs, before any of its callbacks sees it.
+
+    A callback cannot do this by itself: reporters such as TensorBoard come before it in the Trainer's list.
+
+    Args:
+        module: `transformers.trainer_callback`.
+    """
+    handler_class = module.CallbackHandler
+    report = handler_class.on_log
+    if _is_hook(report):
+        return
+
+    @functools.wraps(report)
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: dict[str, Any]) -> Any:
+        if _is_slimming(self.callbacks):
+            from .callback import add_sparsities
+
+            add_sparsities(self.callbacks, state, logs)
+        return report(self, args, state, control, logs)
+
+    handler_class.on_log = _mark(on_log)
+
+
+def hook_training(module: ModuleType) -> None:
+    """Make a Trainer with a `SlimTrainerCallback` resume from whole checkpoints only, its model in their shape.
+
+    Args:
+        module: `transformers.trainer`.
+    """
+    trainer_class = module.Trainer
+    run, load = trainer_class.train, trainer_class._load_from_checkpoint
+    if _is_hook(run):
+        return
+
+    @functools.wraps(run)
+    def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _is_slimming(self.callback_handler.callbacks):
+            from .checkpoints import choose_checkpoint
+
+            resume_from_checkpoint = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return run(self, resume_from_checkpoint, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if _is_slimming(self.callback_handler.callbacks):
+            from .checkpoints import restore_shape
+
+            shaped = self.model if model is None else model
+            restore_shape(self.callback_handler.callbacks, shaped, resume_from_checkpoint)
+        load(self, resume_from_checkpoint, model)
+
+    trainer_class.train = _mark(train)
+    trainer_class._load_from_checkpoint = _mark(load_from_checkpoint)
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.modeling_utils": hook_models,
+    "transformers.trainer_callback": hook_logs,
+    "transformers.trainer": hook_training,
+}
+"""For each module of transformers what is done to it after its import, and again after a reload."""
+
+
+class _Finder:
+    """Finds the modules of `HOOKS` as the finders after it do, and has their hooks run at the end of their import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in HOOKS:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find_spec = getattr(finder, "find_spec", None)
+            spec = None if find_spec is None else find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader:
+    """A module's own loader, which also runs the module's hook."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also where `copy` makes one without a loader yet
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, which is left with its own loader, and hook it."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        HOOKS[module.__spec__.name](module)
+
+
+def _is_slimming(callbacks: Iterable[Any]) -> bool:
+    """Whether there is a `SlimTrainerCallback` among the callbacks; there is none before its module is imported."""
+    slimming = getattr(sys.modules.get(f"{__package__}.callback"), "SlimTrainerCallback", ())
+    return any(isinstance(callback, slimming) for callback in callbacks)
+
+
+def _mark(hook: Callable[..., Any]) -> Callable[..., Any]:
+    hook.__dict__["of_hf_slim"] = True
+    return hook
+
+
+def _is_hook(function: Any) -> bool:
+    return getattr(function, "of_hf_slim", False)

@@ -1,0 +1,185 @@
+"""Live compaction: dropped units are removed from the model while it trains."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attributes import set_count
+from .compaction import compact_model, set_sizes
+from .containers import find_pretrained
+from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
+from .offloading import change_tensor
+from .optimizer_state import find_state_slices
+from .structures import Discovery, Masks, Structure, get_tensor
+
+
+class LiveUnits:
+    """Dropped units that leave the model at once: one of the two ways to apply masks while training.
+
+    The model, the optimizer's state for it and its shape record shrink at every pruning step, so that training speeds
+    up, and a checkpoint holds a slim model. It is the same training, since dropped units contribute nothing.
+
+    Args:
+        model: The model before anything is dropped. Only a weak reference to it is kept.
+        found: What discovery found in it.
+
+    Attributes:
+        found: The same.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
+    """
+
+    is_live = True
+
+    def __init__(self, model: nn.Module, found: Discovery) -> None:
+        """See the class."""
+        self.found = found
+        self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
+        self._current = {s.name: s for s in self.found.structures}
+        self._model = weakref.ref(model)
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether a model is the one whose units these are."""
+        return self._model() is model
+
+    def current(self, structure: Structure) -> Structure:
+        """A structure as it is in the model now."""
+        return self._current[structure.name]
+
+    def expand(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the units of a structure that are in the model, as scores of all that it had; on the CPU."""
+        whole = torch.zeros(len(self.masks[name]), dtype=scores.dtype)
+        whole[self.masks[name]] = scores.cpu()
+        return whole
+
+    def narrow(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """The reverse of `expand`."""
+        return scores[self.masks[name].to(scores.device)]
+
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any = None) -> None:
+        """Remove the units that masks drop.
+
+        Args:
+            model: The model; changed in place, its config too.
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; units that are gone
+                already must be dropped in it.
+            optimizer: The optimizer, if there is one already; its state is sliced like the weights.
+
+        Raises:
+            RuntimeError: If the optimizer's state cannot be sliced; nothing has been changed then.
+        """
+        left = {name: mask[self.masks[name]] for name, mask in masks.items()}
+        shrinking = [self._current[name] for name, mask in left.items() if not mask.all()]
+        if not shrinking:
+            return
+        for structure in compact_model(model, shrinking, left, optimizer):
+            self._current[structure.name] = structure
+            self.masks[structure.name] = masks[structure.name].clone()
+        self._record(model)
+        _forget_compiled()
+
+    def hold(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Nothing: what is gone cannot come back."""
+
+    def take_shape(self, model: nn.Module, masks: Masks) -> None:
+        """Give the model the shape that it had in a checkpoint whose weights are loaded next.
+
+        Args:
+            model: The model; changed in place.
+            masks: As for `apply`. Units that are gone already may be kept in it: they come back without values.
+        """
+        if any((mask & ~self.masks[name]).any() for name, mask in masks.items()):
+            self._restore_shape(model)
+        self.apply(model, masks)
+
+    def shapes_before(self, model: nn.Module) -> dict[str, torch.Size]:
+        """The shapes that tensors had before anything was removed.
+
+        Args:
+            model: The model, or a copy of it.
+
+        Returns:
+            For the names of the tensors that have become smaller the shapes.
+        """
+        shapes: dict[str, list[int]] = {}
+        for dense in self.found.structures:
+            for (name, dim), where in dense.positions(~self.masks[dense.name]).items():
+                shapes.setdefault(name, list(get_tensor(model, name).shape))[dim] += len(where)
+        return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    def _restore_shape(self, model: nn.Module) -> None:
+        """Bring all units back, without values."""
+        saved = model.state_dict().keys()
+        for name, shape in self.shapes_before(model).items():
+            if name not in saved:
+                raise ValueError(
+                    f"The checkpoint has more units than the model is left with, and {name} is not in it: build the "
+                    "model anew, and resume with that."
+                )
+            get_tensor(model, name).grad = None
+            change_tensor(model, name, partial(torch.Tensor.new_zeros, size=shape))
+            set_sizes(model, name)
+        for dense in self.found.structures:
+            for count in dense.counts:
+                set_count(model, count, dense.units)
+            self._current[dense.name] = dense
+            self.masks[dense.name] = torch.ones(dense.units, dtype=torch.bool)
+
+    def _record(self, model: nn.Module) -> None:
+        """Write the shape into the configs, so that a checkpoint loads as what it is."""
+        for part in find_pretrained(model):
+            path = next(path for path, module in model.named_modules() if module is part)
+            inside = f"{path}." if path else ""
+            before = getattr(part.config, RECORD_KEY, {"units": {}})["units"]
+            units = {
+                name.removeprefix(inside).removeprefix(base_prefix(part)): structure.units
+                for name, structure in self._current.items()
+                if name.startswith(inside)
+            }
+            setattr(part.config, RECORD_KEY, {"version": RECORD_VERSION, "units": {**before, **units}})
+
+
+def find_live_obstacle(structures: Iterable[Structure]) -> str | None:
+    """Say why the units of some structures cannot be removed in the middle of a training.
+
+    Args:
+        structures: The structures whose units would be removed.
+
+    Returns:
+        The reason, None if they can.
+    """
+    for structure in structures:
+        for member in structure.members:
+            if member.role == "norm":
+                return (
+                    f"{member.tensor} normalizes over all units of {structure.name}, so that removing some rescales "
+                    "it, and an optimizer would go on differently"
+                )
+    return None
+
+
+def find_state_obstacle(optimizer: Any, model: nn.Module, structures: Iterable[Structure]) -> str | None:
+    """Say why an optimizer's state cannot be sliced like the parameters.
+
+    Args:
+        optimizer: The optimizer, after a step: before, most have no state.
+        model: The model.
+        structures: The structures, as they are in the model.
+
+    Returns:
+        The reason, None if it can.
+    """
+    places = dict.fromkeys((member.tensor, member.dim) for s in structures for member in s.members)
+    return next(iter(find_state_slices(optimizer, model, places)[1].values()), None)
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile begin anew: after a few shapes it would give up on a function and run it uncompiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -46,7 +46,10 @@ def slim_callback(trainer):
 
 
 class ZeroWatch(TrainerCallback):
-    """Counts the dropped units that are not zero at the end of a step, and checks that masks only shrink."""
+    """Counts the dropped units that are not zero at the end of a step, and checks that masks only shrink.
+
+    With live compaction, the structures that have another number of units than their mask keeps.
+    """
 
     def __init__(self):
         self.steps, self.moved, self.returned, self.masks = 0, 0, 0, {}
@@ -54,12 +57,16 @@ class ZeroWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         callback = next(iter(self.watched))
-        if model is not self.model:
+        is_live = callback.slimming.is_live
+        if model is not self.model or is_live:
             self.model = model
             self.structures = [s for s in find_structures(model).structures if s.name in callback.masks]
-        whole = find_zero_units(model, self.structures, whole=True)
         self.steps += 1
-        self.moved += sum(int((whole[s.name] & ~callback.masks[s.name]).sum()) for s in self.structures)
+        if is_live:
+            self.moved += sum(s.units != int(callback.masks[s.name].sum()) for s in self.structures)
+        else:
+            whole = find_zero_units(model, self.structures, whole=True)
+            self.moved += sum(int((whole[s.name] & ~callback.masks[s.name]).sum()) for s in self.structures)
         for name, mask in callback.masks.items():
             self.returned += int((mask & ~self.masks.get(name, torch.ones_like(mask))).sum())
         self.masks = {name: mask.clone() for name, mask in callback.masks.items()}

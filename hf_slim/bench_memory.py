@@ -30,7 +30,7 @@ from .bench_models import (
     make_batch,
     slim_settings,
 )
-from .bench_training import HAS_LIVE, make_steps
+from .bench_training import make_steps
 from .discovery import find_structures
 from .timing import without_bars
 
@@ -64,7 +64,7 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
     base: int | None
     measured = {"train": _TRAIN, "inference": _INFERENCE, "times": _TIMES}
     parts = [part for part in measured if part in arguments.parts] or measured
-    whats = [what for part in parts for what in measured[part] if HAS_LIVE or what != "pruning live"]
+    whats = [what for part in parts for what in measured[part]]
     with tempfile.TemporaryDirectory() as folder:
         with without_bars():
             build_model(case.config, arguments).save_pretrained(Path(folder, "dense"))

@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from .arguments import SlimConfig
 from .bench_arguments import BenchArguments
-from .bench_models import Case, build_model, build_slim, count_flops, make_batch, slim_settings
+from .bench_models import Case, build_model, count_flops, make_batch, slim_settings
 from .callback import SlimTrainerCallback
 from .schedule import make_schedule
 from .slimming import Slimming
@@ -23,8 +22,6 @@ from .timing import time_alternately, time_call, wait_for
 
 PRUNING_STEPS = 13
 """How many there are with the default settings in a long training."""
-HAS_LIVE = any(field.name == "slim_live" for field in fields(SlimConfig))
-"""Whether units can be removed while training goes on."""
 _FAR = 10**6
 _RATE = 1e-5
 _EVERY_STEP: dict[str, Any] = {"slim_start": 2, "slim_end": PRUNING_STEPS + 1, "slim_frequency": 1}
@@ -99,7 +96,7 @@ def make_steps(
         kinds: Those that are wanted.
 
     Returns:
-        The steps by kind; without `pruning live` if units cannot be removed while training goes on.
+        The steps by kind.
     """
     batch = make_batch(case.config, batch_size, length, arguments.torch_device)
     steps: dict[str, TrainStep] = {}
@@ -118,14 +115,11 @@ def make_steps(
                     slimming = Slimming(model, _settings(case, False, **settings[kind]), _FAR, optimizer=optimizer)
                 steps[kind] = TrainStep(model, optimizer, batch, slimming)
     for kind, changes in (("pruning live", _EVERY_STEP), ("live", _AT_ONCE)):
-        if kind in kinds and HAS_LIVE:
+        if kind in kinds:
             model = build_model(case.config, arguments)
             optimizer = _make_optimizer(model)
             slimming = Slimming(model, _settings(case, True, **changes), _FAR, optimizer=optimizer)
             steps[kind] = TrainStep(model, optimizer, batch, slimming)
-        elif kind == "live" and kind in kinds:
-            model = build_slim(case, arguments)
-            steps[kind] = TrainStep(model, _make_optimizer(model), batch)
     return steps
 
 
@@ -194,13 +188,12 @@ def measure_run(case: Case, batch_size: int, length: int, arguments: BenchArgume
         for slim in (False, True) if number % 2 == 0 else (True, False):
             seconds[slim].append(_time_run(case, batch_size, length, arguments, slim, arguments.run_steps))
     dense, slim_run = (statistics.median(seconds[slim]) for slim in (False, True))
-    ideal = _ideal_run(case, batch_size, length, arguments.run_steps) if HAS_LIVE else 1.0
+    ideal = _ideal_run(case, batch_size, length, arguments.run_steps)
     yield {
         **case.to_record(),
         "batch_size": batch_size,
         "sequence_length": length,
         "steps": arguments.run_steps,
-        "is_live": HAS_LIVE,
         "dense_s": dense,
         "slim_s": slim_run,
         "speed_up": dense / slim_run,
@@ -251,8 +244,8 @@ def _ideal_run(case: Case, batch_size: int, length: int, steps: int) -> float:
 
 
 def _settings(case: Case, live: bool, **changes: Any) -> SlimConfig:
-    """The settings of a case, masked or live; live where units can be removed while training goes on."""
-    return slim_settings(case.sparsity, **changes, **({"slim_live": live} if HAS_LIVE else {}))
+    """The settings of a case, masked or live."""
+    return slim_settings(case.sparsity, **changes, slim_live=live)
 
 
 def _make_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:

@@ -35,8 +35,6 @@ class LiveUnits:
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
     """
 
-    is_live = True
-
     def __init__(self, model: nn.Module, found: Discovery) -> None:
         """See the class."""
         self.found = found

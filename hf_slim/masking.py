@@ -34,8 +34,6 @@ class MaskedUnits:
         zero: DeepSpeed's ZeRO optimizer, if there is one; then everything is written again after every step.
     """
 
-    is_live = False
-
     def __init__(self, structures: Iterable[Structure], zero: Any = None) -> None:
         """See the class."""
         self._structures = {s.name: s for s in structures}

@@ -106,7 +106,7 @@ class Slimming:
     @property
     def is_live(self) -> bool:
         """Whether dropped units have left the model."""
-        return self._units.is_live
+        return self.live is not None
 
     @property
     def live(self) -> LiveUnits | None:

@@ -44,11 +44,11 @@ def main() -> None:
     near = {w: statistics.median(c for v, c in cost.items() if abs(v - w) <= 64) for w in widths}
     groups: dict[int, list[float]] = {}
     for width in widths:
-        groups.setdefault(min(64, width & -width), []).append(cost[width] / near[width])
+        groups.setdefault(min(32, width & -width), []).append(cost[width] / near[width])
     medians = {power: statistics.median(ratios) for power, ratios in sorted(groups.items())}
     print("largest power of two in the width   time per channel, relative")
     for power, ratio in medians.items():
-        print(f"{'64 or more' if power == 64 else power!s:>33}   {ratio / min(medians.values()):.3f}")
+        print(f"{'32 or more' if power == 32 else power!s:>33}   {ratio / min(medians.values()):.3f}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from hf_slim.masking import zero_units
 COUNTED = (Trainer, SlimTrainerCallback, slimming.Slimming, callback, slimming, saving, folders)
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")
 PHASES = {"_save_checkpoint": "checkpoint", "save_slimmed": "slim model"}
-SIZES = (3_000, 100_000)
+SIZES = (3_000, 60_000)
 """The log of a run is smaller, and the weights of the slim model are larger."""
 
 
@@ -131,6 +131,7 @@ def train(folder: Path, deadline: int | None = None, size: int | None = None, *,
         full_determinism=True,
         use_cpu=True,
         gradient_accumulation_steps=2,
+        slim_live=True,
     )
     checkpoint: bool | str = False
     if resume:
@@ -237,9 +238,11 @@ def choose_moments(phases: list[str], kills: int, seed: int) -> list[tuple[int, 
     chosen = []
     for number in range(kills):
         kind = kinds[number % len(kinds)]
-        moment = generator.choice([n for n, phase in enumerate(phases) if phase == kind])
-        size = int(SIZES[0] * (SIZES[1] / SIZES[0]) ** generator.random())
         writes = kind != "step" and number // len(kinds) % 2 == 1
+        moments = [n for n, phase in enumerate(phases) if phase == kind]
+        # A large file is yet to come in the first quarter of a phase; at its end all are written.
+        moment = generator.choice(moments[: len(moments) // 4] if writes else moments)
+        size = int(SIZES[0] * (SIZES[1] / SIZES[0]) ** generator.random())
         chosen.append((moment, size if writes else None))
     return chosen
 

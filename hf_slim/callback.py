@@ -13,10 +13,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .arguments import SlimConfig
-from .discovery import find_structures
-from .live import LiveUnits
+from .live import find_live
 from .plan import from_state, to_state
-from .saved_state import check_saved, read_masks
+from .saved_state import check_saved
 from .slimming import Slimming
 from .strategy import find_fixed_shapes, refuse_strategy
 
@@ -40,7 +39,6 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
         self.slimming: Slimming | None = None
-        self._live: LiveUnits | None = None  # of a model that an earlier training, or a checkpoint, has made smaller
         self._scale: torch.Tensor | None = None  # the loss scale (fp16) before the optimizer step
 
     @property
@@ -50,22 +48,6 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         The units are those that the model had before anything was dropped.
         """
         return self.slimming.masks if self.slimming is not None else {}
-
-    def take_shape(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
-        """Give a model the shape that it had in a checkpoint, before the weights are loaded.
-
-        Args:
-            model: The model; changed in place where dropped units had left it in the checkpoint.
-            saved: What `find_saved` found in the checkpoint.
-
-        Raises:
-            ValueError: If the checkpoint is of another model.
-        """
-        if not saved["live"]:
-            return
-        live = self._find_live(model) or LiveUnits(model, find_structures(model))
-        live.take_shape(model, read_masks(saved, live.masks))
-        self._live = live
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves in `trainer_state.json`: settings, schedule, dropped units and smoothed scores."""
@@ -91,10 +73,9 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Check the settings against the model and the run; start, or take up what the checkpoint holds."""
-        live = self._find_live(model)
         if self.slimming is not None:
             self.slimming.close()
-        self.slimming = self._live = None
+        self.slimming = None
         self._refuse_second(state)
         refuse_strategy(model, args)
         self.processes = args.world_size
@@ -113,7 +94,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             begin=begin,
             saved=saved,
             optimizer=optimizer,
-            live=live,
+            live=find_live(model),
             obstacle=find_fixed_shapes(model, args),
         )
         if not self.slimming.plans:
@@ -192,11 +173,6 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             dropped; 0 where none are scheduled.
         """
         return self._running.sparsities()
-
-    def _find_live(self, model: nn.Module) -> LiveUnits | None:
-        """The units of a model that is smaller than it was, if a training or a checkpoint of this callback did it."""
-        candidates = (self._live, self.slimming.live if self.slimming is not None else None)
-        return next((live for live in candidates if live is not None and live.belongs_to(model)), None)
 
     @property
     def _running(self) -> Slimming:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .callback import SlimTrainerCallback, find_saved
+from .discovery import find_structures
+from .live import LiveUnits, find_live
 from .loading import find_damaged_weights
+from .saved_state import read_masks
+from .strategy import find_fixed_shapes
 
 logger = logging.get_logger(__name__)
 
@@ -79,21 +84,31 @@ def choose_checkpoint(resume_from_checkpoint: Any, output_dir: str | os.PathLike
     return resume_from_checkpoint
 
 
-def restore_shape(callbacks: Iterable[TrainerCallback], model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def restore_shape(model: nn.Module, folder: str | os.PathLike[str], args: TrainingArguments) -> None:
     """Give a model the shape that it had in a checkpoint, before the weights are loaded.
 
     Args:
-        callbacks: Those of the trainer.
-        model: The model; changed in place where dropped units had left it in the checkpoint.
+        model: The model; changed in place where dropped units had left it in the checkpoint, or have left it since.
         folder: The checkpoint.
+        args: The arguments of the training.
 
     Raises:
-        ValueError: If the checkpoint is of another model.
+        ValueError: If the checkpoint is of another model, or shapes cannot change in this training.
     """
     saved = find_saved(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).stateful_callbacks)
-    for callback in callbacks:
-        if saved is not None and isinstance(callback, SlimTrainerCallback):
-            callback.take_shape(model, saved)
+    live = find_live(model)
+    if saved is None or not saved["live"]:
+        if live is not None:
+            live.take_shape(model, {name: torch.ones_like(mask) for name, mask in live.masks.items()})
+        return
+    obstacle = find_fixed_shapes(model, args)
+    if obstacle is not None:
+        raise ValueError(
+            f"{folder} is a checkpoint of a training with live compaction, but {obstacle}. Resume on one device, or "
+            "start another training from it as a model (from_pretrained)."
+        )
+    live = live or LiveUnits(find_structures(model))
+    live.take_shape(model, read_masks(saved, live.masks))
 
 
 def _is_cut_off(folder: Path) -> bool:

@@ -90,29 +90,30 @@ def hook_training(module: ModuleType) -> None:
         module: `transformers.trainer`.
     """
     trainer_class = module.Trainer
-    run, load = trainer_class.train, trainer_class._load_from_checkpoint
+    run = trainer_class.train
     if _is_hook(run):
         return
 
     @functools.wraps(run)
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if _is_slimming(self.callback_handler.callbacks):
-            from .checkpoints import choose_checkpoint
+        if not _is_slimming(self.callback_handler.callbacks):
+            return run(self, resume_from_checkpoint, *args, **kwargs)
+        from .checkpoints import choose_checkpoint, restore_shape
 
+        load = self._load_from_checkpoint  # which classes of other packages have their own of
+
+        def load_from_checkpoint(folder: str, model: Any = None, **keywords: Any) -> None:
+            restore_shape(self.model if model is None else model, folder, self.args)
+            load(folder, **keywords) if model is None else load(folder, model, **keywords)
+
+        self._load_from_checkpoint = load_from_checkpoint
+        try:
             resume_from_checkpoint = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return run(self, resume_from_checkpoint, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        if _is_slimming(self.callback_handler.callbacks):
-            from .checkpoints import restore_shape
-
-            shaped = self.model if model is None else model
-            restore_shape(self.callback_handler.callbacks, shaped, resume_from_checkpoint)
-        load(self, resume_from_checkpoint, model)
+            return run(self, resume_from_checkpoint, *args, **kwargs)
+        finally:
+            del self._load_from_checkpoint
 
     trainer_class.train = _mark(train)
-    trainer_class._load_from_checkpoint = _mark(load_from_checkpoint)
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Iterable
@@ -10,14 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attributes import set_count
+from .attributes import ConfigView, set_count
 from .compaction import compact_model, set_sizes
 from .containers import find_pretrained
 from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
 from .offloading import change_tensor
 from .optimizer_state import find_state_slices
 from .structures import Discovery, Masks, Structure, get_tensor
+
+_LIVE: weakref.WeakKeyDictionary[nn.Module, LiveUnits] = weakref.WeakKeyDictionary()
+"""The models that have been made smaller while they trained, or for a checkpoint of such a training."""
 
 
 class LiveUnits:
@@ -27,24 +32,23 @@ class LiveUnits:
     up, and a checkpoint holds a slim model. It is the same training, since dropped units contribute nothing.
 
     Args:
-        model: The model before anything is dropped. Only a weak reference to it is kept.
-        found: What discovery found in it.
+        found: What discovery found in the model before anything is dropped.
 
     Attributes:
         found: The same.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
     """
 
-    def __init__(self, model: nn.Module, found: Discovery) -> None:
+    def __init__(self, found: Discovery) -> None:
         """See the class."""
         self.found = found
         self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
         self._current = {s.name: s for s in self.found.structures}
-        self._model = weakref.ref(model)
+        self._shapes: dict[str, torch.Size] = {}
 
-    def belongs_to(self, model: nn.Module) -> bool:
-        """Whether a model is the one whose units these are."""
-        return self._model() is model
+    def fits(self, model: nn.Module) -> bool:
+        """Whether a model has the shapes that these units left it with."""
+        return all(get_tensor(model, name).shape == shape for name, shape in self._shapes.items())
 
     def current(self, structure: Structure) -> Structure:
         """A structure as it is in the model now."""
@@ -80,7 +84,6 @@ class LiveUnits:
             self._current[structure.name] = structure
             self.masks[structure.name] = masks[structure.name].clone()
         self._record(model)
-        _forget_compiled()
 
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
         """Nothing: what is gone cannot come back."""
@@ -128,9 +131,17 @@ class LiveUnits:
                 set_count(model, count, dense.units)
             self._current[dense.name] = dense
             self.masks[dense.name] = torch.ones(dense.units, dtype=torch.bool)
+        self._record(model)
 
     def _record(self, model: nn.Module) -> None:
-        """Write the shape into the configs, so that a checkpoint loads as what it is."""
+        """Write the shape into the model's configs, so that a checkpoint loads as what it is."""
+        if model not in _LIVE:
+            for part in find_pretrained(model):
+                _own_config(part)
+        _LIVE[model] = self
+        names = {member.tensor for structure in self._current.values() for member in structure.members}
+        self._shapes = {name: get_tensor(model, name).shape for name in names}
+        _forget_compiled()
         for part in find_pretrained(model):
             path = next(path for path, module in model.named_modules() if module is part)
             inside = f"{path}." if path else ""
@@ -141,6 +152,19 @@ class LiveUnits:
                 if name.startswith(inside)
             }
             setattr(part.config, RECORD_KEY, {"version": RECORD_VERSION, "units": {**before, **units}})
+
+
+def find_live(model: nn.Module) -> LiveUnits | None:
+    """Find the units of a model that has been made smaller while it trained.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Its units, None if it has not been, or has been changed otherwise since.
+    """
+    live = _LIVE.get(model)
+    return live if live is not None and live.fits(model) else None
 
 
 def find_live_obstacle(structures: Iterable[Structure]) -> str | None:
@@ -175,6 +199,17 @@ def find_state_obstacle(optimizer: Any, model: nn.Module, structures: Iterable[S
     """
     places = dict.fromkeys((member.tensor, member.dim) for s in structures for member in s.members)
     return next(iter(find_state_slices(optimizer, model, places)[1].values()), None)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own: other models may be built from the one that it has."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for owner in (module.__dict__, *(v.__dict__ for v in module.__dict__.values() if isinstance(v, ConfigView))):
+            for name, value in list(owner.items()):
+                if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                    owner[name] = copies[id(value)]
 
 
 def _forget_compiled() -> None:

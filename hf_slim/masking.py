@@ -40,7 +40,7 @@ class MaskedUnits:
         self._zero = zero
         self._slices: Slices = {}
         self._restless: Zeros = []
-        self._undecided: Zeros = []
+        self._unseen: Zeros = []
 
     def current(self, structure: Structure) -> Structure:
         """A structure as it is in the model now."""
@@ -69,7 +69,7 @@ class MaskedUnits:
             self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
         self._write(model, zeros, optimizer)
         self._restless = [z for z in zeros if self._zero is not None or z[:2] in problems]
-        self._undecided = [z for z in zeros if self._zero is None and z[:2] not in problems]
+        self._unseen = [z for z in zeros if self._zero is None and z[:2] not in problems]
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
@@ -79,24 +79,25 @@ class MaskedUnits:
             model: The model; changed in place.
             optimizer: The optimizer.
         """
-        if self._undecided:
-            moved, settled = self._look(model)
-            self._write(model, self._undecided, optimizer)
-            self._restless = [*self._restless, *(z for z, m in zip(self._undecided, moved, strict=True) if m)]
-            pairs = zip(self._undecided, moved, settled, strict=True)
-            self._undecided = [z for z, m, done in pairs if not m and not done]
+        if self._unseen:
+            self._restless = [*self._restless, *self._find_restless(model)]
+            self._unseen = []
         self._write(model, self._restless, optimizer)
 
-    def _look(self, model: nn.Module) -> tuple[list[bool], list[bool]]:
-        """Which zeros an optimizer step has moved or may move, and which it cannot, as other gradients are there."""
-        moved, settled = [], []
-        for name, dim, where in self._undecided:
+    def _find_restless(self, model: nn.Module) -> list[tuple[str, int, torch.Tensor]]:
+        """Which zeros an optimizer step has moved or may move: those with a gradient, or without any to judge by."""
+        flags = []
+        for name, dim, where in self._unseen:
             tensor = get_tensor(model, name)
-            gradient = None if tensor.grad is None else find_nonzero(dim, find_local(tensor.grad))
-            weights = find_nonzero(dim, find_local(tensor))[where].any()
-            moved.append(weights if gradient is None else weights | gradient[where].any())
-            settled.append(gradient.any() if gradient is not None else torch.tensor(not tensor.requires_grad))
-        return _tell(moved), _tell(settled)
+            flag = find_nonzero(dim, find_local(tensor))[where].any()
+            if tensor.requires_grad and tensor.grad is None:
+                flag = torch.ones_like(flag)
+            elif tensor.requires_grad:
+                gradient = find_nonzero(dim, find_local(tensor.grad))  # type: ignore[arg-type]
+                flag = flag | gradient[where].any() | gradient.any().logical_not()
+            flags.append(flag)
+        told = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the device is waited for once
+        return [zeros for zeros, is_restless in zip(self._unseen, told, strict=True) if is_restless]
 
     def _write(self, model: nn.Module, zeros: Zeros, optimizer: Any) -> None:
         write_zeros(model, zeros, self._zero)
@@ -205,8 +206,3 @@ def _with_zeros(tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Te
 def _count_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """For each position along a dimension 1 if anything there is not zero, else 0; of this process's part."""
     return find_nonzero(dim, find_local(tensor)).float()
-
-
-def _tell(flags: Sequence[torch.Tensor]) -> list[bool]:
-    """What flags say, waiting for the device once."""
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()

@@ -92,8 +92,8 @@ def check_fit(saved: Mapping[str, Any], plans: Sequence[Plan]) -> None:
         ValueError: If the structures, the scores or the numbers of pruning steps do not fit.
     """
     units = {s.name: s.units for plan in plans for s in plan.structures}
-    if set(saved["dropped"]) != set(units):
-        odd = sorted(set(saved["dropped"]) ^ set(units))
+    odd = sorted(set(units) - set(saved["dropped"]) if saved["live"] else set(saved["dropped"]) ^ set(units))
+    if odd:  # what left the model in an earlier training may be there, too
         raise damaged(f"{odd[0]!r} is in only one of the state and the model")
     for name, scores in saved["scores"].items():
         if len(scores) != units.get(name) or not all(abs(score) <= _MOST for score in scores):

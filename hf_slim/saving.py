@@ -27,7 +27,7 @@ from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
-from .live import LiveUnits
+from .live import LiveUnits, find_live
 from .loading import count_left, find_stock_class
 from .model_card import write_model_card
 from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
@@ -103,8 +103,7 @@ def save_slimmed(
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
 
-    slimming = _find_slimming(trainer)
-    live = slimming.live if slimming is not None else None
+    live = find_live(model)
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
 
     def save(whole: nn.Module) -> SlimReport:
@@ -154,10 +153,7 @@ def _slim(
         tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
     )
     if report.parameters_after == report.parameters_before:
-        logger.warning(
-            "save_slimmed: no unit of the model is zero, so it is saved at the size it has. (What a Trainer removed "
-            "while it trained is reported if the Trainer is passed.)"
-        )
+        logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
     return slim, report, inputs
 
 

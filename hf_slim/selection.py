@@ -111,11 +111,11 @@ def check_reachable(
 
 def floor_of(structure: Structure, *, round_to: int, min_heads: int) -> int:
     """The units that a structure keeps at least: `round_to` channels or `min_heads` heads, if it has so many."""
-    return min(structure.units, round_to if structure.kind == "ffn" else min_heads)
+    return min(structure.units, _multiple(structure, round_to) if structure.kind == "ffn" else min_heads)
 
 
 def _multiple(structure: Structure, round_to: int) -> int:
-    return round_to if structure.kind == "ffn" else 1
+    return math.lcm(round_to, structure.multiple) if structure.kind == "ffn" else 1
 
 
 def _count(sparsity: float, units: int) -> int:

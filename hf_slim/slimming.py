@@ -68,20 +68,25 @@ class Slimming:
             refuse_other_settings(saved, settings)
             steps = [list(plan_steps) for plan_steps in saved["steps"]]
         wanted = settings.slim_live if isinstance(settings, SlimConfig) else False
-        if wanted is False or (obstacle is not None and saved is None):
+        was_masked = saved is not None and not saved["live"] and any(saved["events"])
+        if wanted is False or was_masked or (obstacle is not None and saved is None):
             live = None
         with whole_shapes(model):
             found = find_structures(model) if live is None else live.found
             self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps, found=found)
         obstacle = obstacle or find_live_obstacle(self.structures)
+        if obstacle is None and live is not None:
+            obstacle = find_state_obstacle(optimizer, model, [live.current(s) for s in self.structures])
         if obstacle is not None and self.plans and (wanted is True or live is not None):
-            asked = "slim_live=True" if wanted is True else "A checkpoint of a training with live compaction"
-            raise ValueError(f"{asked} cannot be used here: {obstacle}. Train with slim_live=False.")
+            asked = "slim_live=True" if wanted is True else "Live compaction, as before in this training,"
+            raise ValueError(
+                f"{asked} cannot be used here: {obstacle}. Build the model anew, and train with slim_live=False, or "
+                "where shapes can change."
+            )
         self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
         self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
-        if self.plans and live is None and wanted is not False and obstacle is None:
-            if saved is None or not any(saved["dropped"].values()):
-                self._live = LiveUnits(model, found)
+        if self.plans and live is None and wanted is not False and obstacle is None and not was_masked:
+            self._live = LiveUnits(found)
         self.masks = (
             {s.name: live.masks[s.name].clone() for s in self.structures}
             if live is not None
@@ -195,12 +200,13 @@ class Slimming:
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, as plain JSON data."""
         self._refuse_bad_step()
+        masks = self.masks if self.live is None else {**self.live.masks, **self.masks}
         return {
             "settings": to_state(self.settings),
             "steps": [list(plan.schedule.steps) for plan in self.plans],
             "events": list(self._events),
             "live": self.is_live,
-            "dropped": {name: (~mask).nonzero().flatten().tolist() for name, mask in self.masks.items()},
+            "dropped": {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items()},
             "scores": {name: self._units.expand(name, scores).tolist() for name, scores in self._scores.items()},
         }
 
@@ -249,8 +255,9 @@ class Slimming:
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         check_fit(saved, self.plans)
-        for name, mask in read_masks(saved, self.masks).items():
-            self.masks[name] &= mask
+        masks = read_masks(saved, self.masks if self.live is None else self.live.masks)
+        for name, mask in self.masks.items():
+            mask &= masks[name]
         for name, scores in saved["scores"].items():
             self._scores[name] = self._units.narrow(name, torch.tensor(scores))
         self._taken = len(self._scores)

@@ -19,6 +19,7 @@ from hf_slim import (
     parse_auto_slim_config,
     save_slimmed,
 )
+from hf_slim.masking import zero_units
 
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -295,3 +296,121 @@ def test_tensors_are_contiguous_and_own_their_memory_alone(family, tmp_path):
     for tensor in (*trainer.model.parameters(), *(state for state in states if torch.is_tensor(state))):
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_models_built_from_the_config_of_a_live_one_are_whole(tmp_path):
+    model = dropout_free()
+    config = model.config
+    trainer = make_trainer(model, tmp_path, slim_live=True)
+    trainer.train()
+    assert not hasattr(config, "slim") and hasattr(model.config, "slim")
+    assert shapes(type(model)(config)) == shapes(dropout_free())
+    assert {id(m.config) for m in model.modules() if "config" in m.__dict__} == {id(model.config)}
+
+
+def test_model_init_begins_anew_each_time(tmp_path):
+    config = dropout_free().config
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True)
+    again = Trainer(
+        model_init=lambda: type(trainer.model)(config),
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        callbacks=[SlimTrainerCallback()],
+    )
+    sizes = []
+    for _ in range(2):
+        again.train()
+        sizes.append(again.model.num_parameters())
+        assert save_slimmed(again, tmp_path / "slim").parameters_before == trainer.model.num_parameters()
+    assert sizes[0] < trainer.model.num_parameters()
+    assert slim_callback(again).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+
+
+def test_stacked_experts_keep_their_multiple(tmp_path):
+    model = build_tiny("mixtral", "AutoModelForCausalLM")
+    trainer = make_trainer(model, tmp_path, slim_live=True, slim_round_to=1, mha_sparsity=0.0)
+    trainer.train()
+    for structure in find_structures(model).of_kind("ffn"):
+        assert structure.multiple > 1 and structure.units % structure.multiple == 0
+
+
+class OwnLoading(Trainer):
+    """A trainer with its own way to load a checkpoint, as that of sentence-transformers."""
+
+    def _load_from_checkpoint(self, checkpoint_path):
+        self.model.load_state_dict(load_file(f"{checkpoint_path}/model.safetensors"))
+
+
+@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("changes", [{"trainer_class": OwnLoading}, {"restore_callback_states_from_checkpoint": True}])
+def test_trainers_that_load_otherwise(step, changes, tmp_path):
+    settings = {**EVERY, "slim_live": True, "use_cpu": True}
+    whole = make_trainer(dropout_free(), tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(dropout_free(seed=5), tmp_path, **settings, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    expected = weights(whole.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.model).items())
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_going_back_to_before_the_first_pruning_step(optim, tmp_path):
+    settings = {**EVERY, "slim_live": True, "save_steps": 1, "slim_start": 4, "optim": optim, "use_cpu": True}
+    trainer = make_trainer(dropout_free(), tmp_path, **settings)
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(trainer.model).items())
+    whole = type(trainer.model).from_pretrained(tmp_path / "checkpoint-3")
+    assert shapes(whole) == shapes(dropout_free())
+
+
+def test_a_refused_training_changes_nothing(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True)
+    trainer.train()
+    before = shapes(trainer.model)
+    trainer.args.slim_end = 50
+    with pytest.raises(ValueError, match="slim_end=50 is beyond the last training step"):
+        trainer.train()
+    trainer.args.slim_end = 8
+    trainer.train()
+    assert shapes(trainer.model) == before
+
+
+def test_a_second_training_with_another_plan_is_resumed(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path / "one", slim_live=True, ffn2_sparsity=0.0)
+    trainer.train()
+    settings = {**EVERY, "slim_live": True, "mha_sparsity": 0.0, "use_cpu": True}
+    second = make_trainer(trainer.model, tmp_path / "two", **settings)
+    second.train()
+    expected = weights(second.model)
+    resumed = make_trainer(dropout_free(seed=5), tmp_path / "two", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-6"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.model).items())
+
+
+def test_a_live_checkpoint_needs_one_device(tmp_path, monkeypatch):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live="auto", **EVERY)
+    trainer.train()
+    resumed = make_trainer(dropout_free(), tmp_path, slim_live="auto", **EVERY)
+    before = shapes(resumed.model)
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(
+        ValueError, match="checkpoint-6 is a checkpoint of a training with live compaction, but the tr"
+    ):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert shapes(resumed.model) == before
+
+
+def test_a_model_that_was_changed_in_between_counts_as_a_new_one(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, ffn2_sparsity=0.0)
+    trainer.train()
+    structures = find_structures(trainer.model).of_kind("ffn")
+    masks = {s.name: torch.arange(s.units) < 48 for s in structures}
+    zero_units(trainer.model, structures, masks)
+    save_slimmed(trainer, tmp_path / "slim", inplace=True)
+    again = make_trainer(trainer.model, tmp_path, slim_live=True, ffn2_sparsity=0.5, mha_sparsity=0.0)
+    again.train()
+    report = save_slimmed(again, tmp_path / "again")
+    sizes = [(s.before, s.after) for s in report.structures if s.kind == "ffn"]
+    assert [before for before, _ in sizes] == [48, 48] and sum(after for _, after in sizes) == 48

@@ -64,9 +64,7 @@ def measure_inference(case: Case, batch_size: int, length: int, arguments: Bench
     slim_flops = count_flops(case.slim_config, batch_size, length)
     speed_up = ms["dense"] / ms["slim"]
     yield {
-        **case.to_record(),
-        "batch_size": batch_size,
-        "sequence_length": length,
+        **case.to_record(batch_size, length),
         "dense_ms": ms["dense"],
         "slim_ms": ms["slim"],
         "stock_ms": ms["stock"],

@@ -77,9 +77,7 @@ def measure_memory(case: Case, batch_size: int, length: int, arguments: BenchArg
             elif what in _INFERENCE:
                 against, base = "forward dense", peaks["forward dense"]
             yield {
-                **case.to_record(),
-                "batch_size": batch_size,
-                "sequence_length": length,
+                **case.to_record(batch_size, length),
                 "what": f"{what} step" if what in _TRAIN else what,
                 "peak_bytes": peak,
                 "against": against,

@@ -94,9 +94,10 @@ class Case:
         """Whether the config's own fields express the slim shape."""
         return not hasattr(self.slim_config, RECORD_KEY)
 
-    def to_record(self) -> dict[str, Any]:
-        """What tells this case from others, for JSON."""
-        return {"model": self.name, "layers": self.config.num_hidden_layers, "sparsity": str(self.sparsity)}
+    def to_record(self, batch_size: int | None = None, length: int | None = None) -> dict[str, Any]:
+        """What tells this case, and the size of its batches, from others, for JSON."""
+        size = {} if batch_size is None else {"batch_size": batch_size, "sequence_length": length}
+        return {"model": self.name, "layers": self.config.num_hidden_layers, "sparsity": str(self.sparsity), **size}
 
 
 def make_cases(arguments: BenchArguments) -> list[Case]:

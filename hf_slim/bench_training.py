@@ -154,9 +154,7 @@ def measure_train(case: Case, batch_size: int, length: int, arguments: BenchArgu
             ratio = statistics.median(time / base for time, base in zip(seconds, times["plain"], strict=True))
             ideal = flops / slim_flops if kind == "live" else None
             yield {
-                **case.to_record(),
-                "batch_size": batch_size,
-                "sequence_length": length,
+                **case.to_record(batch_size, length),
                 "step": kind,
                 "ms": 1000 * statistics.median(seconds),
                 "against_plain": ratio,
@@ -190,9 +188,7 @@ def measure_run(case: Case, batch_size: int, length: int, arguments: BenchArgume
     dense, slim_run = (statistics.median(seconds[slim]) for slim in (False, True))
     ideal = _ideal_run(case, batch_size, length, arguments.run_steps)
     yield {
-        **case.to_record(),
-        "batch_size": batch_size,
-        "sequence_length": length,
+        **case.to_record(batch_size, length),
         "steps": arguments.run_steps,
         "dense_s": dense,
         "slim_s": slim_run,

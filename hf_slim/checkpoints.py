@@ -108,7 +108,7 @@ def restore_shape(model: nn.Module, folder: str | os.PathLike[str], args: Traini
             "start another training from it as a model (from_pretrained)."
         )
     live = live or LiveUnits(find_structures(model))
-    live.take_shape(model, read_masks(saved, live.masks))
+    live.take_shape(model, read_masks(saved["dropped"], live.masks))
 
 
 def _is_cut_off(folder: Path) -> bool:

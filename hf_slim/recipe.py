@@ -33,6 +33,7 @@ from .callback import SlimTrainerCallback
 from .checkpoints import find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .live import find_live
 from .report import count_bytes, count_parameters, measure_latency
 from .saving import save_slimmed
 from .tokenizer import load_tokenizer, make_byte_tokenizer
@@ -108,7 +109,7 @@ def run(
     trainer = _make_trainer(setup, training_arguments, "masked", _make_model(setup, training_arguments), slim=True)
     _train(trainer)
     metrics, models = {}, {}
-    if not _left_the_model(trainer):
+    if find_live(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
     save_slimmed(
         trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id
@@ -268,12 +269,6 @@ def _make_trainer(
         compute_metrics=_make_compute_metrics(setup.task),
         callbacks=callbacks,
     )
-
-
-def _left_the_model(trainer: Trainer) -> bool:
-    """Whether dropped units left the model while it trained."""
-    callbacks = trainer.callback_handler.callbacks
-    return any(isinstance(c, SlimTrainerCallback) and c.slimming is not None and c.slimming.is_live for c in callbacks)
 
 
 def _train(trainer: Trainer) -> None:

@@ -56,21 +56,21 @@ def damaged(what: str) -> ValueError:
     )
 
 
-def read_masks(saved: Mapping[str, Any], masks: Masks) -> dict[str, torch.Tensor]:
+def read_masks(dropped_units: Mapping[str, Any], masks: Masks) -> dict[str, torch.Tensor]:
     """The masks that a checkpoint holds.
 
     Args:
-        saved: What passed `check_saved`.
+        dropped_units: For names of structures the numbers of the dropped units, from what passed `check_saved`.
         masks: Masks of the model, of which only the names and lengths count.
 
     Returns:
-        For the name of each structure in the checkpoint a boolean tensor of shape `[units]`, True = keep.
+        For each of the names a boolean tensor of shape `[units]`, True = keep.
 
     Raises:
         ValueError: If the model has no such structure, or other units.
     """
     read = {}
-    for name, dropped in saved["dropped"].items():
+    for name, dropped in dropped_units.items():
         if name not in masks:
             raise damaged(f"{name!r} is in only one of the state and the model")
         units = len(masks[name])

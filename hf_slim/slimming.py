@@ -80,8 +80,8 @@ class Slimming:
         if obstacle is not None and self.plans and (wanted is True or live is not None):
             asked = "slim_live=True" if wanted is True else "Live compaction, as before in this training,"
             raise ValueError(
-                f"{asked} cannot be used here: {obstacle}. Build the model anew, and train with slim_live=False, or "
-                "where shapes can change."
+                f"{asked} cannot be used here: {obstacle}. Build the model anew and start or resume with that; where "
+                "shapes cannot change, train with slim_live=False."
             )
         self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
         self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
@@ -94,6 +94,7 @@ class Slimming:
         )
         self._scores: dict[str, torch.Tensor] = {}
         self._pending: dict[str, torch.Tensor] = {}
+        self._is_checked = False  # whether the pending scores are known to be finite
         self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
         self._bad_step: torch.Tensor | None = None  # the first step with a score that is not finite, 0 for none
         self._events = [0] * len(self.plans)
@@ -152,6 +153,7 @@ class Slimming:
         self._score(model, step)
         if not may_be_skipped and all(scores.device.type == "cpu" for scores in self._pending.values()):
             _refuse_nonfinite(self._pending, step)
+            self._is_checked = True
 
     def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool | torch.Tensor) -> None:
         """Take a step's scores into account, and drop units if it is time; keep dropped ones out.
@@ -211,7 +213,7 @@ class Slimming:
         }
 
     def _score(self, model: nn.Module, step: int = 0) -> None:
-        self._pending = {}
+        self._pending, self._is_checked = {}, False
         scored: dict[Any, list[Structure]] = {}
         for plan, events in zip(self.plans, self._events, strict=True):
             if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
@@ -234,7 +236,8 @@ class Slimming:
         counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
         first = next(iter(self._pending.values()))
         if first.device.type == "cpu":
-            _refuse_nonfinite(self._pending, step)
+            if not self._is_checked:
+                _refuse_nonfinite(self._pending, step)
         else:
             together = torch.cat([scores.to(first.device) for scores in self._pending.values()])
             bad = torch.isfinite(together).all().logical_not()
@@ -255,9 +258,8 @@ class Slimming:
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         check_fit(saved, self.plans)
-        masks = read_masks(saved, self.masks if self.live is None else self.live.masks)
-        for name, mask in self.masks.items():
-            mask &= masks[name]
+        for name, mask in read_masks({name: saved["dropped"][name] for name in self.masks}, self.masks).items():
+            self.masks[name] &= mask
         for name, scores in saved["scores"].items():
             self._scores[name] = self._units.narrow(name, torch.tensor(scores))
         self._taken = len(self._scores)

@@ -106,6 +106,16 @@ def test_resuming_takes_the_shape_of_the_checkpoint(step, criterion, tmp_path):
     assert report == again and report.parameters_after < report.parameters_before
 
 
+def test_resuming_one_kind_from_before_the_first_pruning_step(tmp_path):
+    settings = {**EVERY, "save_steps": 1, "mha_sparsity": 0.0, "slim_live": True, "use_cpu": True}
+    whole = make_trainer(dropout_free(), tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(dropout_free(seed=5), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    expected = weights(whole.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.model).items())
+
+
 def test_resuming_in_the_same_trainer_brings_units_back(tmp_path):
     trainer = make_trainer(dropout_free(), tmp_path, slim_live=True, use_cpu=True, **EVERY)
     trainer.train()
@@ -414,3 +424,36 @@ def test_a_model_that_was_changed_in_between_counts_as_a_new_one(tmp_path):
     report = save_slimmed(again, tmp_path / "again")
     sizes = [(s.before, s.after) for s in report.structures if s.kind == "ffn"]
     assert [before for before, _ in sizes] == [48, 48] and sum(after for _, after in sizes) == 48
+
+
+class OutOfMemory(TrainerCallback):
+    """Runs out of memory once, at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory.")
+
+
+AGAIN = {**EVERY, "slim_live": True, "auto_find_batch_size": True, "save_steps": 2, "slim_start": 4, "use_cpu": True}
+
+
+def test_a_smaller_batch_goes_on_with_what_is_left(tmp_path):
+    trainer = make_trainer(dropout_free(), tmp_path, **AGAIN)
+    trainer.add_callback(OutOfMemory(7))
+    trainer.train()
+    assert slim_callback(trainer).sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+    for parameter, state in trainer.optimizer.optimizer.state.items():
+        assert state["exp_avg"].shape == parameter.shape
+
+
+def test_a_smaller_batch_after_resuming_does_not_mix_shapes(tmp_path):
+    """The Trainer loads the checkpoint's optimizer again, and not its weights."""
+    make_trainer(dropout_free(), tmp_path, **AGAIN).train()
+    trainer = make_trainer(dropout_free(), tmp_path, **AGAIN)
+    trainer.add_callback(OutOfMemory(7))
+    with pytest.raises(ValueError, match="AdamW keeps the state 'exp_avg.* Build the model anew and start or"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -24,10 +24,10 @@ from .layouts import (
     Fused,
     MhaLayout,
 )
+from .modeling_hf_slim import can_infer, written_class
 from .norms import find_epsilon, fold_norm
 from .source import Reads, find_reads
 from .structures import Count, Member, Structure, UnaccountedError, blocks, spread
-from .widths import can_infer, written_class
 
 _ABOUT_HEADS = re.compile("head|embed|hidden|inner|dim|kv|width|d_model|channels")
 _GROUPS_LEFT = "hf_slim_key_value_heads"

@@ -6,28 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .modeling_hf_slim import ConfigView, get_number, set_number
 from .structures import Count, get_module
-
-_CONFIG = "config."
-
-
-class ConfigView:
-    """A config as one module sees it: some fields of its own, all others those of the model's config."""
-
-    def __init__(self, config: Any, **fields: Any) -> None:
-        """Look at a config.
-
-        Args:
-            config: The model's config.
-            **fields: The fields that differ.
-        """
-        self.__dict__.update(fields, _config=config)
-
-    def __getattr__(self, name: str) -> Any:
-        """Any field that is not its own, read from the model's config."""
-        if name.startswith("__") or name == "_config":
-            raise AttributeError(name)
-        return getattr(self._config, name)
 
 
 def get_field(config: Any, name: str) -> Any:
@@ -56,10 +36,7 @@ def get_count(model: nn.Module, count: Count) -> Any:
     Returns:
         Its value, None if it is only set when units are removed.
     """
-    owner: Any = get_module(model, count.module)
-    for name in count.attribute.split("."):
-        owner = getattr(owner, name, None)
-    return owner
+    return get_number(get_module(model, count.module), count.attribute)
 
 
 def set_count(model: nn.Module, count: Count, units: int) -> None:
@@ -72,12 +49,4 @@ def set_count(model: nn.Module, count: Count, units: int) -> None:
         count: Which attribute of which module.
         units: The number of units.
     """
-    module = get_module(model, count.module)
-    if not count.attribute.startswith(_CONFIG):
-        setattr(module, count.attribute, count.value(units))
-        return
-    field = count.attribute.removeprefix(_CONFIG)
-    if isinstance(module.config, ConfigView):
-        module.config.__dict__[field] = count.value(units)
-    else:
-        module.config = ConfigView(module.config, **{field: count.value(units)})  # type: ignore[assignment]
+    set_number(get_module(model, count.module), count.attribute, count.value(units))

@@ -11,9 +11,8 @@ from torch import nn
 from .adapters import REMEDY, has_adapters
 from .arguments import SlimConfig, check_whole
 from .compaction import compact_model, round_masks
-from .containers import find_pretrained
+from .config_fields import record_shapes
 from .discovery import find_structures, require_structures
-from .loading import set_shape_record
 from .masking import find_zero_units
 from .offloading import check_values
 from .structures import Discovery, Kind, Structure
@@ -156,9 +155,7 @@ def model_slim(model: nn.Module, round_multiplier: int = 32) -> nn.Module:
     structures = require_structures(model, found)
     check_values(model, (member.tensor for s in structures for member in s.members))
     masks = round_masks(structures, find_zero_units(model, structures), round_multiplier)
-    compact_model(model, structures, masks)
-    for part in find_pretrained(model):
-        set_shape_record(part)
+    record_shapes(model, compact_model(model, structures, masks))
     return model
 
 

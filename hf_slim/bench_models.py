@@ -24,15 +24,15 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.initialization import no_init_weights
 
 from .arguments import SlimConfig
 from .auto_slim import model_slim
 from .bench_arguments import BenchArguments, Sparsity
 from .compaction import compact_model
+from .config_fields import record_shapes
 from .discovery import find_structures, require_structures
-from .loading import RECORD_KEY, set_shape_record
 from .masking import zero_units
+from .record import has_record
 from .report import count_bytes, count_parameters
 from .selection import select_units
 from .structures import Discovery, Kind, Structure, get_tensor
@@ -92,7 +92,7 @@ class Case:
     @property
     def is_stock(self) -> bool:
         """Whether the config's own fields express the slim shape."""
-        return not hasattr(self.slim_config, RECORD_KEY)
+        return not has_record(self.slim_config)
 
     def to_record(self, batch_size: int | None = None, length: int | None = None) -> dict[str, Any]:
         """What tells this case, and the size of its batches, from others, for JSON."""
@@ -189,7 +189,7 @@ def build_meta(config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
     Returns:
         The model on the meta device.
     """
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = _auto_class(config).from_config(copy.deepcopy(config), **keywords)
     model.tie_weights()
     return model
@@ -298,8 +298,7 @@ def _make_case(name: str, config: PreTrainedConfig, sparsity: Sparsity, dtype: t
         masks = _select(model, structures, sparsity)
     except ValueError as error:
         raise ValueError(f"--models {name} with --sparsities {sparsity}: {error}") from None
-    compact_model(model, structures, masks)
-    set_shape_record(model)
+    record_shapes(model, compact_model(model, structures, masks))
     return Case(
         name=name,
         sparsity=sparsity,

@@ -18,9 +18,9 @@ from transformers.utils import logging
 from .callback import SlimTrainerCallback, find_saved
 from .discovery import find_structures
 from .live import LiveUnits, find_live
-from .loading import find_damaged_weights
 from .saved_state import read_masks
 from .strategy import find_fixed_shapes
+from .weight_files import find_damaged_weights
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from .attributes import set_count
-from .layers import sizes_of
+from .modeling_hf_slim import infer_widths, mark_tensor, set_sizes
 from .offloading import change_tensor
 from .optimizer_state import Place, find_state_slices, keep_state
 from .selection import round_up
 from .structures import Masks, Structure, get_module, get_tensor
 from .tiles import take_positions
-from .widths import infer_widths
 
 
 def compact_model(
@@ -65,50 +64,6 @@ def compact_model(
     return [structure.keep(masks[structure.name], numbers) for structure in structures]
 
 
-def resize_structures(model: nn.Module, structures: Sequence[Structure], units: Mapping[str, int]) -> None:
-    """Give structures a number of units, for weights that will be loaded into them afterwards.
-
-    Args:
-        model: A model whose structures have at least as many units; changed in place.
-        structures: Its structures.
-        units: For each structure's name the number of units.
-
-    Raises:
-        ValueError: If a structure has fewer units than asked for, or none are asked for.
-    """
-    for structure in structures:
-        wanted = units[structure.name]
-        if not 1 <= wanted <= structure.units:
-            raise ValueError(f"{structure.name} has {structure.units} units, so it cannot be given {wanted}.")
-    places = [(m.tensor, m.dim) for s in structures for m in s.members]
-    if len(set(places)) < len(places) or not all(get_tensor(model, name).is_meta for name, _ in places):
-        masks = {s.name: torch.arange(s.units, device="cpu") < units[s.name] for s in structures}
-        compact_model(model, structures, masks)
-        return
-    # Where there are no values, and each place has one member, the sizes are all there is to know.
-    for structure in structures:
-        wanted = units[structure.name]
-        for member in structure.members:
-            tensor = get_tensor(model, member.tensor)
-            shape = list(tensor.shape)
-            shape[member.dim] -= (structure.units - wanted) * member.index.shape[1]
-            tensor.data = tensor.data.new_empty(shape)
-            set_sizes(model, member.tensor)
-        _follow(model, structure, wanted)
-
-
-def set_sizes(model: nn.Module, name: str) -> None:
-    """Let a layer state the sizes that its weight has.
-
-    Args:
-        model: The model; changed in place.
-        name: Dotted name of the weight.
-    """
-    module = get_module(model, name.rpartition(".")[0])
-    for attribute, value in sizes_of(module).items():
-        setattr(module, attribute, value)
-
-
 def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:
     """Keep some dropped units after all, so that the numbers of channels are multiples and no structure is empty.
 
@@ -147,6 +102,9 @@ def _follow(model: nn.Module, structure: Structure, kept: int) -> None:
 @torch.no_grad()
 def _keep_positions(model: nn.Module, name: str, dim: int, keep: torch.Tensor) -> None:
     """Slice one tensor; the larger one is freed before the next is read."""
+    path, _, leaf = name.rpartition(".")
+    module = get_module(model, path)
+    mark_tensor(module, leaf)
     get_tensor(model, name).grad = None
     change_tensor(model, name, lambda tensor: take_positions(tensor, dim, keep))
-    set_sizes(model, name)
+    set_sizes(module)

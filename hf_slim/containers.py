@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from .adapters import has_adapters
 from .inputs import RUN_ERRORS
-from .loading import RECORD_KEY, REMOTE_MODULE
 from .offloading import share_tensors
-from .remote_code import make_remote_code
+from .record import find_pretrained, has_remote_code
 from .verification import VerificationError
 
 
@@ -26,20 +25,6 @@ class Saved(NamedTuple):
     model: PreTrainedModel
     folder: Path
     has_remote_code: bool
-
-
-def find_pretrained(model: nn.Module) -> list[PreTrainedModel]:
-    """Find the transformers models in a module, without those inside another.
-
-    Args:
-        model: Any module; a transformers model is the only one of its own.
-
-    Returns:
-        The models in the order of the modules.
-    """
-    if isinstance(model, PreTrainedModel):
-        return [model]
-    return list(dict.fromkeys(part for child in model.children() for part in find_pretrained(child)))
 
 
 def can_save(model: nn.Module) -> bool:
@@ -74,7 +59,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | None = None) -> list[Saved]:
-    """Save a module by its own method, and the remote-code file beside every transformers model that needs one.
+    """Save a module by its own method.
 
     Args:
         model: A transformers model, or a module that holds such.
@@ -91,30 +76,17 @@ def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | N
     keywords = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     if keywords and not isinstance(model, PreTrainedModel):
         raise ValueError(f"max_shard_size={max_shard_size!r} cannot be used with a {type(model).__name__}.")
-    sources = {}
-    pointers = {part: part.config.__dict__.get("auto_map") for part in find_pretrained(model)}
-    for part in find_pretrained(model):
-        remote = make_remote_code(part) if hasattr(part.config, RECORD_KEY) else None
-        if remote is not None:
-            sources[part], part.config.auto_map = remote
     with _watching(find_pretrained(model)) as places:
         save = _find_saver(model)
         assert save is not None
         save(str(folder), **keywords)
-    for part, pointer in pointers.items():
-        part.config.__dict__.pop("auto_map", None)
-        if pointer is not None:
-            part.config.auto_map = pointer
     for part in find_pretrained(model):
         if not any(saved is part for saved, _ in places):
             raise ValueError(
                 f"{type(model).__name__} does not save the {type(part).__name__} in it by save_pretrained, so that "
                 "its shape would be lost. Pass the transformers model itself to save_slimmed. Nothing was saved."
             )
-    for part, place in places:
-        if part in sources:
-            (place / f"{REMOTE_MODULE}.py").write_text(sources[part], encoding="utf-8")
-    return [Saved(part, place, part in sources) for part, place in places]
+    return [Saved(part, place, has_remote_code(part.config)) for part, place in places]
 
 
 def check_container(model: nn.Module, folder: Path) -> None:

@@ -13,6 +13,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_KEY = "hf_slim"
+"""The key of the shape record in a config, as `modeling_hf_slim` has it."""
+
 
 def install_hooks() -> None:
     """Put the hooks of `HOOKS` in force; once, however often it is called."""
@@ -24,7 +27,9 @@ def install_hooks() -> None:
 
 
 def hook_models(module: ModuleType) -> None:
-    """Make every transformers model apply the shape record of its config, and name a weight file that is damaged.
+    """Make every transformers model take the sizes that its config records, and record them when it is saved.
+
+    A weight file that is damaged is named when it is loaded.
 
     Args:
         module: `transformers.modeling_utils`.
@@ -33,30 +38,62 @@ def hook_models(module: ModuleType) -> None:
 
     model_class = module.PreTrainedModel
     build, load = model_class.post_init, model_class.from_pretrained.__func__
+    save = model_class.save_pretrained
     if _is_hook(build):
         return
 
     @functools.wraps(build)
     def post_init(self: Any) -> None:
         build(self)
-        if getattr(self.config, "slim", None) is not None:
-            from .loading import apply_shape_record
+        if _KEY in self.config.__dict__:
+            from .modeling_hf_slim import resize
 
-            apply_shape_record(self)
+            resize(self)
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            from .loading import find_damaged_weights
+            from .weight_files import find_damaged_weights
 
             damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
             names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
             raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
 
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_slim_models():
+            from .record import refresh_record
+
+            refresh_record(self)
+        return save(self, *args, **kwargs)
+
     model_class.post_init = _mark(post_init)
     model_class.from_pretrained = classmethod(_mark(from_pretrained))
+    model_class.save_pretrained = _mark(save_pretrained)
+
+
+def hook_configs(module: ModuleType) -> None:
+    """Make the config of a slim model take along what loads the model where hf_slim is not installed.
+
+    Args:
+        module: `transformers.configuration_utils`.
+    """
+    config_class = module.PreTrainedConfig
+    save = config_class.save_pretrained
+    if _is_hook(save):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_slim_models() or "auto_map" in self.__dict__:
+            from .remote_code import portable
+
+            self = portable(self, save_directory)
+        return save(self, save_directory, *args, **kwargs)
+
+    config_class.save_pretrained = _mark(save_pretrained)
 
 
 def hook_logs(module: ModuleType) -> None:
@@ -117,6 +154,7 @@ def hook_training(module: ModuleType) -> None:
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.configuration_utils": hook_configs,
     "transformers.modeling_utils": hook_models,
     "transformers.trainer_callback": hook_logs,
     "transformers.trainer": hook_training,
@@ -164,6 +202,11 @@ def _is_slimming(callbacks: Iterable[Any]) -> bool:
     """Whether there is a `SlimTrainerCallback` among the callbacks; there is none before its module is imported."""
     slimming = getattr(sys.modules.get(f"{__package__}.callback"), "SlimTrainerCallback", ())
     return any(isinstance(callback, slimming) for callback in callbacks)
+
+
+def _has_slim_models() -> bool:
+    """Whether there may be a slim model: none is made or loaded without this module."""
+    return f"{__package__}.modeling_hf_slim" in sys.modules
 
 
 def _mark(hook: Callable[..., Any]) -> Callable[..., Any]:

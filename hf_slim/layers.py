@@ -1,10 +1,9 @@
-"""What counts as a linear layer, where its outputs and inputs lie in its weight, and the sizes it stores."""
+"""What counts as a linear layer, and where its outputs and inputs lie in its weight."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -142,33 +141,6 @@ def tensors_outside(module: nn.Module, explained: Collection[str]) -> Iterator[t
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name not in explained and not name.startswith(inside):
             yield name, tensor
-
-
-def sizes_of(module: nn.Module) -> dict[str, Any]:
-    """What a layer's attributes for its sizes have to be, by its weight.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        Names and values of the attributes; empty for a module that stores no sizes of its weight.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return {}
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    if isinstance(module, Conv1D):
-        return {"nx": weight.shape[0], "nf": weight.shape[1]}
-    if isinstance(module, nn.Embedding):
-        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
-    if isinstance(module, _ConvNd):
-        depthwise = module.groups == module.out_channels
-        groups = weight.shape[0] if depthwise and module.groups > 1 else module.groups
-        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
-    if isinstance(module, nn.RMSNorm):
-        return {"normalized_shape": tuple(weight.shape)}
-    return {}
 
 
 def join(*parts: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections.abc import Iterable
@@ -11,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attributes import ConfigView, set_count
-from .compaction import compact_model, set_sizes
-from .containers import find_pretrained
-from .loading import RECORD_KEY, RECORD_VERSION, base_prefix
+from .attributes import set_count
+from .compaction import compact_model
+from .modeling_hf_slim import set_sizes
 from .offloading import change_tensor
 from .optimizer_state import find_state_slices
-from .structures import Discovery, Masks, Structure, get_tensor
+from .record import find_pretrained, own_configs, refresh_record
+from .structures import Discovery, Masks, Structure, get_module, get_tensor
 
 _LIVE: weakref.WeakKeyDictionary[nn.Module, LiveUnits] = weakref.WeakKeyDictionary()
 """The models that have been made smaller while they trained, or for a checkpoint of such a training."""
@@ -125,7 +123,7 @@ class LiveUnits:
                 )
             get_tensor(model, name).grad = None
             change_tensor(model, name, partial(torch.Tensor.new_zeros, size=shape))
-            set_sizes(model, name)
+            set_sizes(get_module(model, name.rpartition(".")[0]))
         for dense in self.found.structures:
             for count in dense.counts:
                 set_count(model, count, dense.units)
@@ -136,22 +134,13 @@ class LiveUnits:
     def _record(self, model: nn.Module) -> None:
         """Write the shape into the model's configs, so that a checkpoint loads as what it is."""
         if model not in _LIVE:
-            for part in find_pretrained(model):
-                _own_config(part)
+            own_configs(model)
         _LIVE[model] = self
         names = {member.tensor for structure in self._current.values() for member in structure.members}
         self._shapes = {name: get_tensor(model, name).shape for name in names}
         _forget_compiled()
         for part in find_pretrained(model):
-            path = next(path for path, module in model.named_modules() if module is part)
-            inside = f"{path}." if path else ""
-            before = getattr(part.config, RECORD_KEY, {"units": {}})["units"]
-            units = {
-                name.removeprefix(inside).removeprefix(base_prefix(part)): structure.units
-                for name, structure in self._current.items()
-                if name.startswith(inside)
-            }
-            setattr(part.config, RECORD_KEY, {"version": RECORD_VERSION, "units": {**before, **units}})
+            refresh_record(part, is_own=True)
 
 
 def find_live(model: nn.Module) -> LiveUnits | None:
@@ -199,17 +188,6 @@ def find_state_obstacle(optimizer: Any, model: nn.Module, structures: Iterable[S
     """
     places = dict.fromkeys((member.tensor, member.dim) for s in structures for member in s.members)
     return next(iter(find_state_slices(optimizer, model, places)[1].values()), None)
-
-
-def _own_config(model: PreTrainedModel) -> None:
-    """Give a model a config of its own: other models may be built from the one that it has."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        for owner in (module.__dict__, *(v.__dict__ for v in module.__dict__.values() if isinstance(v, ConfigView))):
-            for name, value in list(owner.items()):
-                if isinstance(value, PreTrainedConfig) and id(value) in copies:
-                    owner[name] = copies[id(value)]
 
 
 def _forget_compiled() -> None:

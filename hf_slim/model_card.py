@@ -8,8 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from transformers import PreTrainedModel
 
-from .loading import RECORD_KEY
-from .remote_code import find_auto_classes
+from .record import find_auto_classes, has_record
 from .report import SlimReport
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
@@ -79,7 +78,7 @@ def make_model_card(
     """
     source = model.config.name_or_path
     base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
-    needs_import = hasattr(model.config, RECORD_KEY)
+    needs_import = has_record(model.config)
     return ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=list(_TAGS), base_model=base_model),
         template_path=str(_TEMPLATE),
@@ -125,7 +124,7 @@ def _sentence(model: PreTrainedModel, report: SlimReport, base_model: str | None
 
 def _auto_class(model: PreTrainedModel) -> str:
     """The Auto class that serves the model's own class, preferably of the same task; or the class itself."""
-    serving = [auto for auto, name in find_auto_classes(model).items() if name == type(model).__name__]
+    serving = [auto for auto, name in find_auto_classes(model.config).items() if name == type(model).__name__]
     same_task = [auto for auto in serving if type(model).__name__.endswith(auto.removeprefix("Auto"))]
     generating = [auto for auto in serving if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")]
     return next(iter([*same_task, *generating, *serving]), type(model).__name__)

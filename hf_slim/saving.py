@@ -22,19 +22,19 @@ from .adapters import REMEDY, has_adapters, merge_adapters
 from .arguments import SlimConfig
 from .auto_slim import model_slim
 from .callback import SlimTrainerCallback
-from .containers import can_save, check_container, copy_model, find_pretrained, save_container
+from .containers import can_save, check_container, copy_model, save_container
 from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
 from .inputs import make_inputs
 from .live import LiveUnits, find_live
-from .loading import count_left, find_stock_class
 from .model_card import write_model_card
 from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
+from .record import find_pretrained, find_stock_class
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
-from .structures import Structure, get_tensor
+from .structures import Structure, count_left, get_tensor
 from .verification import VerificationError, compare_outputs, compute_outputs
 
 logger = logging.get_logger(__name__)

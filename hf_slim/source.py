@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .widths import arguments_of, find_width, root_of, written_class
+from .modeling_hf_slim import arguments_of, find_width, root_of, written_class
 
 _BUILDING = ("__init__", "_init_weights", "reset_parameters")
 """Methods that build a module, for all its heads and channels."""

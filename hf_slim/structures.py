@@ -275,6 +275,20 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
+def count_left(model: nn.Module, structure: Structure) -> int:
+    """How many units of one of its structures a model has left.
+
+    Args:
+        model: The model, made smaller since the structure was found in it.
+        structure: The structure as it was.
+
+    Returns:
+        The number of units.
+    """
+    output = structure.outputs[0]
+    return get_tensor(model, output.tensor).shape[output.dim] // output.index.shape[1]
+
+
 def total_units(structures: Iterable[Structure]) -> int:
     """The number of units of several structures together."""
     return sum(s.units for s in structures)

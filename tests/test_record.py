@@ -38,7 +38,7 @@ def slim_folder(family, folder, *, uniform=False, **changes):
 def test_reload_gives_the_same_model(family, uniform, tmp_path):
     model = slim_folder(family, tmp_path, uniform=uniform)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert ("slim" in config) == (not uniform or family not in STOCK_IF_UNIFORM)
+    assert ("hf_slim" in config) == (not uniform or family not in STOCK_IF_UNIFORM)
     loaded = type(model).from_pretrained(tmp_path)
     state = loaded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -52,15 +52,26 @@ def test_reload_gives_the_same_model(family, uniform, tmp_path):
 
 def test_the_record(tmp_path):
     slim_folder("bert", tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["slim"] == {
+    record = json.loads((tmp_path / "config.json").read_text())["hf_slim"]
+    assert {key: record[key] for key in ("version", "model", "base", "infer")} == {
         "version": 1,
-        "units": {
-            "encoder.layer.0.attention.output.dense": 2,
-            "encoder.layer.0.output.dense": 28,
-            "encoder.layer.1.attention.output.dense": 2,
-            "encoder.layer.1.output.dense": 32,
-        },
+        "model": "BertForSequenceClassification",
+        "base": "BertModel",
+        "infer": [],
     }
+    heads = {"num_attention_heads": 2, "all_head_size": 16}
+    names = [f"encoder.layer.{number}.attention.self" for number in (0, 1)]
+    assert record["attributes"] == {names[0]: heads, names[1]: heads}
+    layer = {name: shape for name, shape in record["shapes"].items() if name.startswith("encoder.layer.0.")}
+    assert {name.removeprefix("encoder.layer.0."): shape for name, shape in layer.items()} == {
+        **{f"attention.self.{name}.weight": [16, 32] for name in ("query", "key", "value")},
+        **{f"attention.self.{name}.bias": [16] for name in ("query", "key", "value")},
+        "attention.output.dense.weight": [32, 16],
+        "intermediate.dense.weight": [28, 32],
+        "intermediate.dense.bias": [28],
+        "output.dense.weight": [32, 28],
+    }
+    assert len(record["shapes"]) == 2 * len(layer)
 
 
 def test_uniform_result_needs_no_key(tmp_path):
@@ -68,7 +79,7 @@ def test_uniform_result_needs_no_key(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     assert [config[name] for name in fields] == [4, 2, 8, 32]
-    assert "slim" not in config and "auto_map" not in config
+    assert "hf_slim" not in config and "auto_map" not in config
     assert not (tmp_path / "modeling_hf_slim.py").exists()
 
 
@@ -78,7 +89,7 @@ def test_channels_alone_are_stock(tmp_path):
     zero_units(model, structures, half_masks(structures))
     save_slimmed(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["intermediate_size"] == 32 and "slim" not in config
+    assert config["intermediate_size"] == 32 and "hf_slim" not in config
 
 
 def test_from_config_and_dtype_and_device_map(tmp_path):
@@ -97,8 +108,7 @@ def test_saving_again_and_slimming_again(tmp_path):
     slim_folder("bert", tmp_path / "first")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "second")
-    config = json.loads((tmp_path / "second" / "config.json").read_text())
-    assert "auto_map" not in config
+    assert (tmp_path / "second" / "modeling_hf_slim.py").exists()
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
     assert torch.equal(logits(again, make_batch(again)), logits(model, make_batch(model)))
     structures = find_structures(again).structures
@@ -208,58 +218,78 @@ def test_remote_code_beside_hf_slim(tmp_path):
 
 def edit(folder, change):
     config = json.loads((folder / "config.json").read_text())
-    change(config["slim"])
+    change(config["hf_slim"])
     (folder / "config.json").write_text(json.dumps(config))
 
 
-NAME = "encoder.layer.0.output.dense"
+NAME = "encoder.layer.0.output.dense.weight"
+HEADS = "encoder.layer.0.attention.self"
 
 
-def set_units(record, name, value):
-    record["units"][name] = value
+def set_shape(record, shape, name=NAME):
+    record["shapes"][name] = shape
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda r: r.update(version=2), ValueError, "is of version 2, but this hf_slim reads up to 1"),
-        (lambda r: r.update(version=0), ValueError, "is not a shape record of hf_slim"),
-        (lambda r: r.update(version=True), ValueError, "is not a shape record of hf_slim"),
-        (lambda r: r.pop("version"), ValueError, "is not a shape record of hf_slim"),
-        (lambda r: r.pop("units"), ValueError, "has no table of units"),
-        (lambda r: set_units(r, NAME, 0), ValueError, "output.dense 0 units"),
-        (lambda r: set_units(r, NAME, "28"), ValueError, "output.dense '28' units"),
-        (lambda r: set_units(r, NAME, 65), ValueError, "has 64 units, so it cannot be given 65"),
-        (
-            lambda r: set_units(r, "encoder.layer.7.output.dense", 8),
-            ValueError,
-            "does not have: encoder.layer.7.output",
-        ),
-        (lambda r: set_units(r, "elsewhere.fc2", 8), ValueError, "does not have: elsewhere.fc2"),
-        (lambda r: set_units(r, NAME, 24), RuntimeError, "mismatched_sizes"),
-        (lambda r: r["units"].pop(NAME), RuntimeError, "mismatched_sizes"),
-    ],
-)
+def set_heads(record, name, value, path=HEADS):
+    record["attributes"].setdefault(path, {})[name] = value
+
+
+BAD_RECORDS = [
+    (lambda r: r.update(version=2), ValueError, "is of version 2, but this hf_slim reads up to 1"),
+    (lambda r: r.update(version=0), ValueError, "is damaged: its version is 0"),
+    (lambda r: r.update(version=True), ValueError, "is damaged: its version is True"),
+    (lambda r: r.pop("version"), ValueError, "is damaged: its version is None"),
+    (lambda r: r.pop("shapes"), ValueError, "is damaged: its shapes are None"),
+    (lambda r: r.update(shapes=[1, 2]), ValueError, r"is damaged: its shapes are \[1, 2\]"),
+    (lambda r: r.pop("attributes"), ValueError, "is damaged: its attributes are None"),
+    (lambda r: r.update(infer="all"), ValueError, "is damaged: its infer are 'all'"),
+    (lambda r: r.update(infer=[3]), ValueError, r"is damaged: its infer are \[3\]"),
+    (lambda r: r.pop("base"), ValueError, "is damaged: its base are None"),
+    (lambda r: set_shape(r, [32, 0]), ValueError, r"output.dense.weight the shape \[32, 0\]"),
+    (lambda r: set_shape(r, [32, -4]), ValueError, r"output.dense.weight the shape \[32, -4\]"),
+    (lambda r: set_shape(r, ["32", 28]), ValueError, r"output.dense.weight the shape \['32', 28\]"),
+    (lambda r: set_shape(r, 28), ValueError, "output.dense.weight the shape 28"),
+    (lambda r: set_shape(r, [32, 65]), ValueError, r"shape \(32, 65\), but the other fields make it \(32, 64\)"),
+    (lambda r: set_shape(r, [28]), ValueError, r"shape \(28,\), but the other fields make it \(32, 64\)"),
+    (lambda r: set_heads(r, "num_attention_heads", "2"), ValueError, "is damaged: it gives encoder.layer.0.attention"),
+    (lambda r: set_heads(r, "num_attention_heads", float("nan")), ValueError, "is damaged: it gives encoder.layer.0"),
+    (lambda r: set_heads(r, "training", 1), ValueError, "BertSelfAttention has no number 'training'"),
+    (lambda r: set_heads(r, "forward", 1), ValueError, "BertSelfAttention has no number 'forward'"),
+    (lambda r: set_heads(r, "size", 1, "encoder.layer.9"), ValueError, "does not have: encoder.layer.9"),
+    (lambda r: set_shape(r, [8], "encoder.layer.7.x"), ValueError, "does not have: encoder.layer.7"),
+    (lambda r: set_shape(r, [8], "encoder.layer.0.output.dense.x"), ValueError, "not have: .*output.dense.x"),
+    (lambda r: set_shape(r, [8], "elsewhere.fc2.weight"), ValueError, "does not have: elsewhere.fc2"),
+    (lambda r: r["infer"].append("encoder.layer.7"), ValueError, "does not have: encoder.layer.7"),
+    (lambda r: set_shape(r, [32, 24]), RuntimeError, "mismatched_sizes"),
+    (lambda r: r["shapes"].pop(NAME), RuntimeError, "mismatched_sizes"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_RECORDS)
 def test_a_bad_record_is_refused(change, error, message, tmp_path):
     slim_folder("bert", tmp_path)
     edit(tmp_path, change)
-    with pytest.raises(error, match=message):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for auto_class in (AutoModelForSequenceClassification, AutoModel, transformers.AutoModelForTokenClassification):
+        for trust in (None, True):
+            with pytest.raises(error, match=message):
+                auto_class.from_pretrained(tmp_path, trust_remote_code=trust)
 
 
-def test_a_bad_record_is_refused_by_the_base_model(tmp_path):
-    slim_folder("bert", tmp_path)
-    edit(tmp_path, lambda r: set_units(r, "encoder.layer.7.output.dense", 8))
-    with pytest.raises(ValueError, match="BertModel does not have: encoder.layer.7.output.dense"):
-        AutoModel.from_pretrained(tmp_path)
-
-
-def test_a_name_that_no_class_has_is_refused_by_every_class(tmp_path):
-    slim_folder("bert", tmp_path)
-    edit(tmp_path, lambda r: set_units(r, "elsewhere.fc2", 8))
-    for auto_class in (AutoModel, transformers.AutoModelForTokenClassification):
-        with pytest.raises(ValueError, match="BertForSequenceClassification does not have: elsewhere.fc2"):
-            auto_class.from_pretrained(tmp_path)
+@pytest.mark.parametrize("value", [False, True, None, 3, "yes", [], {}, {"channels": 3}])
+@pytest.mark.parametrize("key", ["hf_slim", "slim"])
+def test_a_key_of_somebody_elses_is_left_alone(key, value, tmp_path):
+    config = build("bert").config
+    setattr(config, key, value)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert getattr(loaded.config, key) == value
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    if key == "hf_slim" and value is not None:
+        structures = find_structures(model).structures
+        zero_units(model, structures, half_masks(structures))
+        with pytest.raises(ValueError, match="has a key 'hf_slim' that is no shape record"):
+            model_slim(model, 1)
 
 
 def test_channels_as_many_as_the_hidden_size(tmp_path):
@@ -275,7 +305,7 @@ def test_channels_as_many_as_the_hidden_size(tmp_path):
     assert [s.units for s in find_structures(loaded).of_kind("ffn")] == [32, 48]
 
 
-def test_two_models_with_one_config_are_refused():
+def test_two_models_with_one_config(tmp_path):
     class Pair(transformers.BertPreTrainedModel):
         def __init__(self, config):
             super().__init__(config)
@@ -286,8 +316,10 @@ def test_two_models_with_one_config_are_refused():
     structures = find_structures(model).structures
     order = {s.name: number for number, s in enumerate(structures)}
     zero_units(model, structures, half_masks(structures, keep=lambda s: 2 if order[s.name] < 4 else 3))
-    with pytest.raises(ValueError, match="The shape of Pair cannot be recorded"):
-        model_slim(model, 1)
+    model_slim(model, 1)
+    model.save_pretrained(tmp_path)
+    loaded = Pair.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_model_built_without_its_pooler(tmp_path):
@@ -296,7 +328,7 @@ def test_a_model_built_without_its_pooler(tmp_path):
     zero_units(model, structures, half_masks(structures))
     save_slimmed(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["intermediate_size"] == 32 and "slim" not in config
+    assert config["intermediate_size"] == 32 and "hf_slim" not in config
 
 
 def test_heads_that_do_not_divide_the_hidden_size(tmp_path):
@@ -306,7 +338,9 @@ def test_heads_that_do_not_divide_the_hidden_size(tmp_path):
     zero_units(model, structures, {s.name: torch.arange(s.units) < 3 for s in structures})
     save_slimmed(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["num_attention_heads"] == 8 and set(config["slim"]["units"].values()) == {3, 64}
+    assert config["num_attention_heads"] == 8
+    numbers = config["hf_slim"]["attributes"].values()
+    assert [values["hf_slim_key_value_heads"] for values in numbers] == [3, 3]
     loaded = type(model).from_pretrained(tmp_path)
     assert [s.units for s in find_structures(loaded).of_kind("mha")] == [3, 3]
 
@@ -354,17 +388,3 @@ def test_no_dense_weight_is_made_to_load_a_slim_model(family, tmp_path):
         with Watching() as watching:
             type(slim).from_pretrained(tmp_path, **keywords)
         assert not watching.made & (shapes[0] - shapes[1])
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_models_around_others_take_one_discovery(name, tmp_path, monkeypatch):
-    slim_folder(name, tmp_path)
-    asked = []
-
-    def find(model):
-        asked.append(type(model).__name__)
-        return find_structures(model)
-
-    monkeypatch.setattr("hf_slim.loading.find_structures", find)
-    type(build(name)).from_pretrained(tmp_path)
-    assert asked == [type(build(name).base_model).__name__]

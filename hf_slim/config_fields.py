@@ -62,14 +62,15 @@ def _write_record(model: PreTrainedModel, structures: Mapping[str, Structure]) -
         return
     owners = {path: owner for path, owner in find_owners(model).items() if find_record(owner.config) is not None}
     for express in (_express_by_fields, _express_by_layer):
-        changes = {path: express(owner, _inside(structures, path)) for path, owner in owners.items()}
         copies: dict[int, Any] = {}
         config = copy.deepcopy(model.config, copies)
-        for path, owner in owners.items():
-            _set_fields(copies[id(owner.config)], changes[path])
-        if not has_record(config) and _builds(config, model):
-            for path, owner in owners.items():
-                _express(owner, changes[path])
+        found = [(owner, express(owner, _inside(structures, path))) for path, owner in owners.items()]
+        changes = [(owner, fields) for owner, fields in found if fields is not None]
+        for owner, fields in changes:
+            _set_fields(copies[id(owner.config)], fields)
+        if changes and _builds(config, model):
+            for owner, fields in changes:
+                _express(owner, fields)
             return
 
 
@@ -85,11 +86,11 @@ def _express(owner: PreTrainedModel, changes: Mapping[str, Any]) -> None:
     _set_fields(config, changes)
 
 
-def _set_fields(config: PreTrainedConfig, changes: Mapping[str, Any] | None) -> None:
-    if changes is not None:
-        del config.__dict__[RECORD_KEY]
-        for name, value in changes.items():
-            setattr(config, name, value)
+def _set_fields(config: PreTrainedConfig, changes: Mapping[str, Any]) -> None:
+    """Let fields say what the record said."""
+    del config.__dict__[RECORD_KEY]
+    for name, value in changes.items():
+        setattr(config, name, value)
 
 
 def _fields_before(owner: PreTrainedModel) -> dict[str, Any]:

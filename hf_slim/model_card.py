@@ -79,6 +79,7 @@ def make_model_card(
     source = model.config.name_or_path
     base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
     needs_import = has_record(model.config)
+    has_remote_code = has_remote_code and type(model).__name__ in find_auto_classes(model.config).values()
     return ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=list(_TAGS), base_model=base_model),
         template_path=str(_TEMPLATE),

@@ -278,11 +278,11 @@ def _is_number(value: Any) -> bool:
 
 @functools.cache
 def _resizing(name: str) -> Any:
-    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    stock: Any = None if name.startswith("_") else getattr(transformers, name, None)
     if not isinstance(stock, type) or not issubclass(stock, PreTrainedModel):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and transformers has no such model")
 
-    class Resizing(stock):  # type: ignore[misc]
+    class Resizing(stock):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             text = getattr(config, "sub_configs", {}).get("text_config")
             if text is not None and text is stock.config_class:  # the text part of a larger model, by itself
@@ -341,7 +341,8 @@ def infer_widths(module: Any) -> None:
     """
     if infers_widths(module):
         return
-    kind: Any = _inferring(type(module))
+    written: Any = type(module)
+    kind: Any = _inferring(written)
     if kind is None:
         raise ValueError(
             f"The code of {type(module).__name__} in this version of transformers takes only the number of heads that "

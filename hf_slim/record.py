@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .layers import BASE, join
+from .layers import BASE, find_tensor, join
 from .modeling_hf_slim import (
     DENSE_NUMBERS,
     DENSE_SHAPES,
@@ -199,8 +199,12 @@ def find_owners(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
 def _collect(model: PreTrainedModel) -> dict[str, Any]:
     """The records of a model, by the path of the model whose config is to hold each."""
     owners = find_owners(model)
-    found = {path: read_off(model, path, owner, owners) for path, owner in owners.items()}
-    return {path: found[path] for path in found if found[path] and not _is_expressed(owners[path], found[path])}
+    found = {}
+    for path, owner in owners.items():
+        record = read_off(model, path, owner, owners)
+        if record is not None and not _is_expressed(owner, record):
+            found[path] = record
+    return found
 
 
 def read_off(
@@ -256,8 +260,7 @@ def _find_repeated(model: PreTrainedModel, base: nn.Module) -> str | None:
 
 def shape_of(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
     """The shape of a parameter or buffer of a module, whole; None if it has none of that name."""
-    tensor = module._parameters.get(leaf)
-    tensor = module._buffers.get(leaf) if tensor is None else tensor
+    tensor = find_tensor(module, leaf)
     # DeepSpeed's stage 3 leaves an empty tensor, and keeps the shape beside it.
     return None if tensor is None else tuple(getattr(tensor, "ds_shape", tensor.shape))
 

@@ -9,7 +9,7 @@ from conftest import STACK, build, half_masks, logits, make_batch
 from watching import Watching
 
 from hf_slim import model_slim
-from hf_slim.compaction import compact_model, resize_structures, round_masks
+from hf_slim.compaction import compact_model, round_masks
 from hf_slim.discovery import find_structures
 from hf_slim.masking import _count_others, find_zero_units, zero_units
 from hf_slim.offloading import change_tensor
@@ -137,13 +137,6 @@ def test_an_empty_mask_is_refused():
     masks[structures[0].name][:] = False
     with pytest.raises(ValueError, match="attention.output.dense: the mask keeps none of the 4 units"):
         compact_model(model, structures, masks)
-
-
-def test_growing_is_refused():
-    model = build("bert")
-    structures = find_structures(model).structures
-    with pytest.raises(ValueError, match="has 4 units, so it cannot be given 5"):
-        resize_structures(model, structures, {s.name: s.units + 1 for s in structures})
 
 
 def test_stacked_experts_keep_rows_of_16_bytes():

@@ -39,7 +39,7 @@ folder = Path(sys.argv[1])
 BertModel.from_pretrained(folder / "dense")
 Trainer(AutoModelForSequenceClassification.from_pretrained(folder / "dense"), TrainingArguments(folder / "plain"))
 found = {"early": sorted(name for name in sys.modules if name.startswith("hf_slim."))}
-found["units"] = [cls.from_pretrained(folder / "slim").config.slim["units"] for cls in (AutoModel, Own)]
+found["records"] = [cls.from_pretrained(folder / "slim").config.hf_slim for cls in (AutoModel, Own)]
 found["shapes"] = [
     [list(layer.intermediate.dense.weight.shape) for layer in cls.from_pretrained(folder / "slim").encoder.layer]
     for cls in (AutoModel, Own)
@@ -77,6 +77,8 @@ for module, name, method in (
     ("trainer_callback", "CallbackHandler", "on_log"),
     ("modeling_utils", "PreTrainedModel", "post_init"),
     ("modeling_utils", "PreTrainedModel", "from_pretrained"),
+    ("modeling_utils", "PreTrainedModel", "save_pretrained"),
+    ("configuration_utils", "PreTrainedConfig", "save_pretrained"),
 ):
     function = getattr(getattr(sys.modules[f"transformers.{module}"], name), method)
     depth = 0
@@ -120,9 +122,9 @@ def used(request, folder: Path) -> dict:
 
 
 def test_a_slim_folder_loads(used):
-    record = json.loads((used["folder"] / "slim" / "config.json").read_text())["slim"]["units"]
-    assert record["encoder.layer.0.output.dense"] == 32
-    assert used["units"] == [record, record]
+    record = json.loads((used["folder"] / "slim" / "config.json").read_text())["hf_slim"]
+    assert record["shapes"]["encoder.layer.0.output.dense.weight"] == [32, 32]
+    assert used["records"] == [record, record]
     assert used["shapes"] == [[[32, 32]] * 2] * 2
 
 
@@ -144,7 +146,7 @@ def test_dense_models_and_plain_trainers_need_nothing_of_ours(used):
 
 
 def test_the_hooks_are_there_once_after_a_reload(used):
-    assert used["depths"] == [1, 1, 1, 1]
+    assert used["depths"] == [1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("module", ["hf_slim", "hf_slim.cli"])
@@ -166,6 +168,8 @@ def test_the_hooks_are_installed_once():
         return (
             transformers.PreTrainedModel.post_init,
             transformers.PreTrainedModel.from_pretrained.__func__,
+            transformers.PreTrainedModel.save_pretrained,
+            transformers.PreTrainedConfig.save_pretrained,
             transformers.trainer_callback.CallbackHandler.on_log,
             transformers.Trainer.train,
             list(sys.meta_path),

@@ -313,7 +313,7 @@ def test_models_built_from_the_config_of_a_live_one_are_whole(tmp_path):
     config = model.config
     trainer = make_trainer(model, tmp_path, slim_live=True)
     trainer.train()
-    assert not hasattr(config, "slim") and hasattr(model.config, "slim")
+    assert not hasattr(config, "hf_slim") and hasattr(model.config, "hf_slim")
     assert shapes(type(model)(config)) == shapes(dropout_free())
     assert {id(m.config) for m in model.modules() if "config" in m.__dict__} == {id(model.config)}
 

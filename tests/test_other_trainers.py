@@ -215,7 +215,9 @@ def test_sentence_transformer_trainer(trained_encoder):
     assert AutoModel.from_pretrained(folder).num_parameters() == report.parameters_after
     assert sum(p.numel() for p in trainer.model.parameters()) == report.parameters_after
     trainer.model.train()
-    assert set(trainer.model[0].model.config.slim["units"].values()) == {2, 32}
+    record = trainer.model[0].model.config.hf_slim
+    assert {numbers["num_attention_heads"] for numbers in record["attributes"].values()} == {2}
+    assert {shape[0] for name, shape in record["shapes"].items() if ".intermediate." in name} == {32}
 
 
 def test_sentence_transformer_without_the_package(trained_encoder, tmp_path):

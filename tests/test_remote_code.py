@@ -1,100 +1,88 @@
-"""The remote-code file that a slim model may carry: what it can do at all, read off its syntax tree."""
+"""The resizing file that a slim model may carry: what it can do at all, read off its syntax tree."""
 
 import ast
+import json
+import pickle
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from conftest import build, half_masks
 from test_live_use import masked_and_slim
 from test_saving import masked
 
-from hf_slim import save_slimmed
+from hf_slim import find_structures, modeling_hf_slim, save_slimmed
+from hf_slim.masking import zero_units
 
-IMPORTS = {"transformers"}
-WIDTHS_IMPORTS = {"ast", "functools", "inspect", "textwrap", "typing"}
-"""The embedded widths module reads the source of an attention class, changes sizes in it, and compiles it again."""
-
+IMPORTS = {"ast", "functools", "inspect", "math", "textwrap", "torch", "torch.nn.modules.conv", "transformers"}
+IMPORTS |= {"transformers.pytorch_utils", "typing"}
 FORBIDDEN = {
     *("open", "exec", "eval", "compile", "__import__", "input", "breakpoint", "globals", "locals", "delattr"),
-    *("os", "sys", "subprocess", "socket", "pickle", "shutil", "pathlib", "importlib", "builtins", "ctypes", "torch"),
-    *("urllib", "requests", "httpx", "threading", "multiprocessing", "marshal", "tempfile", "__builtins__"),
+    *("os", "sys", "subprocess", "socket", "pickle", "shutil", "pathlib", "importlib", "builtins", "ctypes", "load"),
+    *("urllib", "requests", "httpx", "threading", "multiprocessing", "marshal", "tempfile", "__builtins__", "hub"),
 }
 NEEDED = {"_inferring": {"exec", "compile"}}
 """By whom, and what: methods of a class that is already imported are compiled again with -1 for a size."""
 
 
-def read(folder):
-    return ast.parse((folder / "modeling_hf_slim.py").read_text())
-
-
-def imported(tree):
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            found.add(node.module)
-    return found
+@pytest.fixture(scope="module")
+def tree():
+    return ast.parse(Path(modeling_hf_slim.__file__).read_text(encoding="utf-8"))
 
 
 def names(tree):
     """Every name that code may reach something by: plain names, attributes, and names of imports."""
     found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return found | {part for name in imported(tree) for part in name.split(".")}
+    return found | {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
 
 
-def is_literal(node):
-    try:
-        ast.literal_eval(node)
-    except ValueError:
-        return False
-    return True
+def test_it_imports_torch_and_transformers_only(tree):
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert found == IMPORTS
+    assert all(node.level == 0 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
 
 
-def check(tree, *, widths):
-    assert imported(tree) == IMPORTS | (WIDTHS_IMPORTS if widths else set())
-    functions = {}
-    for number, node in enumerate(tree.body):
+def test_it_does_nothing_when_it_is_imported(tree):
+    for node in tree.body:
         if isinstance(node, ast.Expr):  # documentation
             assert isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         elif isinstance(node, ast.Assign):
-            assert is_literal(node.value), ast.unparse(node)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            functions[node.name] = node
+            ast.literal_eval(node.value)
         else:
-            assert isinstance(node, (ast.Import, ast.ImportFrom)), f"statement {number}: {ast.unparse(node)}"
-    for name, node in functions.items():
-        assert names(node) & FORBIDDEN == (NEEDED.get(name, set()) if widths else set()), name
-        assert [ast.unparse(d) for d in node.decorator_list] == (["functools.cache"] if name == "_inferring" else [])
-    for name, node in functions.items():
-        if isinstance(node, ast.ClassDef) and name != "ConfigView":
-            assert [ast.unparse(base) for base in node.bases] == [f"transformers.{name}"]
-            (method,) = [part for part in node.body if not isinstance(part, ast.Expr)]
-            assert [ast.unparse(line) for line in method.body] == [
-                "super().__init__(config, *args, **kwargs)",
-                "resize(self)",
-            ]
-    assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} >= {"resize"}
-    constants = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
-    assert constants.keys() - {"_RESHAPING"} == {"SHAPES", "ATTRIBUTES", "RESHAPING"}
-    assert bool(ast.literal_eval(constants["RESHAPING"])) == widths
-    for shape in ast.literal_eval(constants["SHAPES"]).values():
-        assert isinstance(shape, tuple) and all(type(size) is int for size in shape)
+            assert isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)), ast.unparse(node)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "bart", "vit", "distilbert", "electra"])
-def test_the_file_does_nothing_but_resize(family, tmp_path):
-    save_slimmed(masked(family), tmp_path)
-    check(read(tmp_path), widths=False)
+def test_it_reaches_nothing_dangerous(tree):
+    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for node in functions:
+        assert names(node) & FORBIDDEN == NEEDED.get(node.name, set()), node.name
+    decorators = {ast.unparse(d) for node in functions for d in node.decorator_list}
+    assert decorators == {"functools.cache"}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "widths"),
-    [("phi3", False), ("olmo2", False), ("mpnet", False), ("swin", False), ("whisper", False), ("longformer", True)],
+    "name", ["pickle", "Trainer", "BertConfig", "pipeline", "_anything", "NoSuchModel", "AutoModel"]
 )
-def test_the_file_of_other_layouts_does_nothing_but_resize(model_type, widths, tmp_path):
+def test_it_makes_classes_of_models_alone(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}', and transformers has no such model"):
+        getattr(modeling_hf_slim, name)
+
+
+def test_a_class_of_its_own_is_a_stock_one_that_resizes_itself():
+    made = modeling_hf_slim.BertForMaskedLM
+    assert made.__mro__[1] is transformers.BertForMaskedLM
+    assert (made.__name__, made.__module__) == ("BertForMaskedLM", "hf_slim.modeling_hf_slim")
+    assert pickle.loads(pickle.dumps(made)) is made is modeling_hf_slim.BertForMaskedLM
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "vit", "phi3", "longformer"])
+def test_the_copy_is_the_file_itself(model_type, tmp_path):
     save_slimmed(masked_and_slim(model_type)[0], tmp_path)
-    check(read(tmp_path), widths=widths)
+    assert (tmp_path / "modeling_hf_slim.py").read_bytes() == Path(modeling_hf_slim.__file__).read_bytes()
 
 
 def test_a_hostile_name_stays_a_string(tmp_path):
@@ -102,4 +90,38 @@ def test_a_hostile_name_stays_a_string(tmp_path):
     model = masked("bert")
     model.config.name_or_path = model.config.finetuning_task = '"""\nimport os\n"""'
     save_slimmed(model, tmp_path)
-    check(read(tmp_path), widths=False)
+    assert (tmp_path / "modeling_hf_slim.py").read_bytes() == Path(modeling_hf_slim.__file__).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "architectures", [["os.system"], ["pipeline"], ["Trainer"], [3], None, ["BertModel", "print"]]
+)
+def test_architectures_are_data(architectures, tmp_path):
+    """What a stranger's config.json names is never resolved but among the model classes that know the config."""
+    save_slimmed(masked("bert"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = architectures
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = set(sys.modules)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["auto_map"]["AutoModelForSequenceClassification"] == (
+        "modeling_hf_slim.BertForSequenceClassification"
+    )
+    assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"transformers"}
+
+
+def test_code_of_somebody_elses_is_left_as_it_is(tmp_path):
+    model = build("bert")
+    model.config.auto_map = {"AutoModel": "modeling_mine.Mine"}
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    save_slimmed(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {"AutoModel": "modeling_mine.Mine"}
+    assert not (tmp_path / "modeling_hf_slim.py").exists()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.parameters(), type(loaded).from_pretrained(tmp_path).parameters(), strict=True)
+    )

@@ -1,5 +1,6 @@
 """save_slimmed: the folder, the checks, the card, faults, and the upload to a loopback Hub."""
 
+import copy
 import json
 import re
 
@@ -260,7 +261,7 @@ def test_a_model_that_draws_random_numbers(tmp_path):
     assert {s.after for s in save_slimmed(model, tmp_path / "slim").structures if s.kind == "ffn"} == {32}
 
 
-def test_custom_classes_get_no_remote_code(tmp_path):
+def test_custom_classes_load_by_themselves_and_their_base_by_remote_code(tmp_path):
     class Mine(transformers.BertForSequenceClassification):
         pass
 
@@ -268,8 +269,9 @@ def test_custom_classes_get_no_remote_code(tmp_path):
     structures = find_structures(model).structures
     zero_units(model, structures, half_masks(structures))
     save_slimmed(model, tmp_path)
-    assert not (tmp_path / "modeling_hf_slim.py").exists()
     assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+    base = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert base.num_parameters() == model_slim(copy.deepcopy(model)).bert.num_parameters()
     batch = {"input_ids": make_batch(model)["input_ids"]}
     assert torch.equal(logits(Mine.from_pretrained(tmp_path), batch), logits(model_slim(model), batch))
 

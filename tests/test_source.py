@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_slim.modeling_hf_slim import can_infer, infer_widths, written_class
 from hf_slim.source import find_reads
-from hf_slim.widths import can_infer, infer_widths, written_class
 
 
 class Ending(nn.Module):

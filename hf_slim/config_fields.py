@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -110,40 +111,46 @@ def _express_by_fields(owner: PreTrainedModel, structures: Mapping[str, Structur
 
 def _express_by_layer(owner: PreTrainedModel, structures: Mapping[str, Structure]) -> dict[str, Any] | None:
     """Overrides by layer of a config that say the sizes; not yet checked."""
-    if not hasattr(type(owner.config), "per_layer_config") or owner.config.is_heterogeneous:
+    if not hasattr(type(owner.config), "per_layer_config"):  # before transformers 5.14
         return None
+    there = {int(layer): fields for layer, fields in owner.config.to_dict().get("per_layer_config", {}).items()}
     layers: dict[int, dict[str, Structure]] = {}
     for name, structure in structures.items():
         number = next((int(part) for part in name.split(".") if part.isdigit()), None)
         if number is None:
             return None
         layers.setdefault(number, {})[name] = structure
-    overrides = {number: _values(owner, found) for number, found in sorted(layers.items())}
-    if any(values is None for values in overrides.values()):
-        return None
-    return {"per_layer_config": {number: values for number, values in overrides.items() if values}}
+    overrides = dict(there)
+    for number, found in sorted(layers.items()):
+        values = _values(owner, found, there.get(number, {}))
+        if values is None:
+            return None
+        overrides[number] = {**there.get(number, {}), **values}
+    return {"per_layer_config": overrides}
 
 
-def _values(owner: PreTrainedModel, structures: Mapping[str, Structure]) -> dict[str, Any] | None:
+def _values(
+    owner: PreTrainedModel, structures: Mapping[str, Structure], layer: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """What fields would have to say for some structures; None if they differ, or a field cannot say it."""
-    config, before = owner.config, _fields_before(owner)
+    there = {**owner.config.__dict__, **_fields_before(owner), **(layer or {})}
     changes: dict[str, Any] = {}
     for fields, kind in ((CONFIG_CHANNELS, "ffn"), (CONFIG_HEADS, "mha")):
         for field in fields:
-            value = before.get(field, config.__dict__.get(field))
+            value = there.get(field)
             side = field.partition("_")[0] if field.startswith(("encoder_", "decoder_")) else None
-            ratios = {
-                (structure.units, _units_before(owner, name, structure))
+            shares = {
+                Fraction(structure.units, _units_before(owner, name, structure))
                 for name, structure in structures.items()
                 if structure.kind == kind and (side is None or f".{name}".partition(f".{side}.")[1])
             }
-            if not isinstance(value, int) or not ratios:
+            if not isinstance(value, int) or not shares - {1}:
                 continue
-            ((now, dense), *others) = ratios
-            if others or value * now % dense:
+            left = value * min(shares)
+            if len(shares) > 1 or left.denominator > 1:
                 return None
-            changes[field] = value * now // dense
-    if "n_inner" in config.__dict__ and before.get("n_inner", config.n_inner) is None:
+            changes[field] = int(left)
+    if "n_inner" in there and there["n_inner"] is None:
         widths = {structure.units for structure in structures.values() if structure.kind == "ffn"}
         if len(widths) != 1:
             return None

@@ -290,6 +290,11 @@ def _resizing(name: str) -> Any:
             super().__init__(config, *args, **kwargs)
             resize(self)
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """Whether weights are named otherwise than in the stock class: those of older names are renamed, too."""
+            return False
+
     Resizing.__name__ = Resizing.__qualname__ = name
     Resizing.__doc__ = f"`transformers.{name}` of the sizes that its config records."
     return Resizing

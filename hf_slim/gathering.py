@@ -12,7 +12,6 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
 
 from .sharding import is_sharded
@@ -59,13 +58,24 @@ def gather_model(model: nn.Module) -> PreTrainedModel | None:
     own: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     config = copy.deepcopy(model.config)
     config.__dict__.pop("distributed_config", None)
-    with no_init_weights(), torch.device("cpu"):
+    with torch.device("meta"):
         whole: PreTrainedModel = own(config)
     whole.load_state_dict(weights, assign=True)
+    _copy_others(model, whole)
     whole.tie_weights()
     if model.can_generate():
         whole.generation_config = copy.deepcopy(model.generation_config)
     return whole.train(model.training)
+
+
+def _copy_others(model: nn.Module, whole: nn.Module) -> None:
+    """Copy the tensors that no state dict holds, which are whole in every process."""
+    modules = dict(model.named_modules())
+    for path, module in whole.named_modules():
+        for tensors, others in ((module._buffers, modules[path]._buffers), (vars(module), vars(modules[path]))):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                    tensors[name] = others[name].detach().cpu()
 
 
 def run_in_first_process(function: Callable[[], Result]) -> Result:

@@ -110,8 +110,7 @@ def find_base(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def mark_tensor(module: nn.Module, leaf: str) -> None:
     """Note the shape of a tensor that is about to become smaller, if it is the shape that its config gives it."""
-    shapes = module.__dict__.setdefault(DENSE_SHAPES, {})
-    shapes.setdefault(leaf, tuple(getattr(module, leaf).shape))
+    module.__dict__.setdefault(DENSE_SHAPES, {}).setdefault(leaf, tuple(_find_tensor(module, leaf).shape))
 
 
 def set_number(module: Any, name: str, value: Any) -> None:
@@ -144,8 +143,7 @@ def get_number(module: Any, name: str) -> Any:
 
 def set_sizes(module: nn.Module) -> None:
     """Let a layer state the sizes that its weight has."""
-    for attribute, value in sizes_of(module).items():
-        setattr(module, attribute, value)
+    module.__dict__.update(sizes_of(module))
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:
@@ -262,10 +260,11 @@ def _cut(model: PreTrainedModel, module: nn.Module, leaf: str, shape: tuple[int,
             f"The shape record in {_where(model.config)} does not fit: it gives {type(module).__name__}.{leaf} the "
             f"shape {shape}, but the other fields make it {before}."
         )
-    mark_tensor(module, leaf)
+    module.__dict__.setdefault(DENSE_SHAPES, {}).setdefault(leaf, before)
     data = tensor.data
     tensor.data = data.new_empty(shape) if data.is_meta else data[tuple(slice(0, size) for size in shape)].clone()
-    set_sizes(module)
+    if leaf == "weight":
+        set_sizes(module)
 
 
 def _where(config: Any) -> str:

@@ -234,7 +234,7 @@ def find_state(callbacks: Mapping[str, Any] | None, name: str | None = None) -> 
     """
     callbacks = callbacks or {}
     for known in (name, SlimTrainerCallback.__name__):
-        if known in callbacks:
+        if known is not None and known in callbacks:
             return callbacks[known]
     return next((stored for stored in callbacks.values() if _is_state(stored)), None)
 

@@ -97,14 +97,16 @@ def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | N
         remote = make_remote_code(part) if hasattr(part.config, RECORD_KEY) else None
         if remote is not None:
             sources[part], part.config.auto_map = remote
-    with _watching(find_pretrained(model)) as places:
-        save = _find_saver(model)
-        assert save is not None
-        save(str(folder), **keywords)
-    for part, pointer in pointers.items():
-        part.config.__dict__.pop("auto_map", None)
-        if pointer is not None:
-            part.config.auto_map = pointer
+    try:
+        with _watching(find_pretrained(model)) as places:
+            save = _find_saver(model)
+            assert save is not None
+            save(str(folder), **keywords)
+    finally:
+        for part, pointer in pointers.items():
+            part.config.__dict__.pop("auto_map", None)
+            if pointer is not None:
+                part.config.auto_map = pointer
     for part in find_pretrained(model):
         if not any(saved is part for saved, _ in places):
             raise ValueError(

@@ -55,6 +55,22 @@ def write_model_card(
         card.save(path)
 
 
+def rename_in_card(path: Path, name: str, repo_id: str) -> None:
+    """Have a card load the model by the whole name of its repository.
+
+    Args:
+        path: The card.
+        name: What `write_model_card` was given.
+        repo_id: What it is to be, with the user's name.
+    """
+    if name != repo_id:
+        card = path.read_text(encoding="utf-8")
+        renamed = path.with_name(f".{path.name}.renamed")
+        card = card.replace(f'.from_pretrained("{name}")', f'.from_pretrained("{repo_id}")')
+        renamed.write_text(card, encoding="utf-8")
+        renamed.replace(path)
+
+
 def make_model_card(
     model: PreTrainedModel,
     report: SlimReport,

@@ -32,8 +32,8 @@ def write_old(folder):
 
 def replace(folder):
     with replacing(folder) as new:
-        (new / "config.json").write_text("new")
-        (new / "model.safetensors").write_text("new")
+        (new.path / "config.json").write_text("new")
+        (new.path / "model.safetensors").write_text("new")
 
 
 def contents(folder):

@@ -18,7 +18,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.calls.append((self.path, body))
-        self.server.tokens.add(self.headers["Authorization"])
+        self.server.tokens[self.path] = self.headers["Authorization"]
         how = next((how for part, how in self.server.faults.items() if part in self.path), None)
         if how == "closed":  # in the middle of the answer
             self.send_response(200)
@@ -42,13 +42,14 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             self.server.commit([json.loads(line) for line in body.splitlines()[1:]])
             answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.address}/me/x/commit/0"}
+            answer["pullRequestUrl"] = f"{self.server.address}/me/x/discussions/1"
         else:
             answer = {}
         self.answer(answer)
 
     def do_GET(self):
         self.server.calls.append((self.path, b""))
-        self.server.tokens.add(self.headers["Authorization"])
+        self.server.tokens[self.path] = self.headers["Authorization"]
         if "/xet-write-token/" in self.path:
             self.send_error(403)
             return
@@ -76,7 +77,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Hub)
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.faults, self.mode, self.files = faults, mode, set(files)
-        self.calls, self.tokens = [], set()
+        self.calls, self.tokens = [], {}
 
     def commit(self, operations):
         for operation in operations:
@@ -280,7 +281,9 @@ def test_the_hub_fields_of_the_arguments_count_where_the_caller_gives_none(
     create = next(json.loads(body) for path, body in server.calls if path == "/api/repos/create")
     assert create["name"] == name
     assert (create.get("visibility") == "private" or create.get("private") is True) is private
-    assert server.tokens == {f"Bearer {token}"}
+    assert {sent for path, sent in server.tokens.items() if "/repos/create" in path or "/models/" in path} == {
+        f"Bearer {token}"
+    }
     assert next(path for path, _ in server.calls if "/commit/" in path).endswith(where)
     branch = where.removeprefix("/commit/")
     made = [path.rpartition("/")[2] for path, _ in server.calls if "/branch/" in path]

@@ -1,5 +1,6 @@
 """Replacing a folder as a whole: kills, a full disk, odd places and file systems."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -157,13 +158,13 @@ def test_a_disk_that_is_really_full(small_disk):
     """Whichever file no longer fits, also the tokenizer's and those of torch.save, whose errors are no OSError."""
     save_slimmed(masked(), small_disk / "slim")
     before, names = digests(small_disk / "slim"), os.listdir(small_disk)
-    model, reasons = WithBin(build("bert", seed=9)), []
-    for room in range(0, 2**20, 2**12):
+    model, tokenizer, reasons = WithBin(build("bert", seed=9)), make_byte_tokenizer(), []
+    tokenizer.add_tokens([f"word{number}" for number in range(2000)])
+    for room in range(0, 2**21, 2**14):
         filler = small_disk / "filler"
-        with open(filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(free(small_disk) - room, 1))
+        fill(filler, room)
         try:
-            save_slimmed(model, small_disk / "slim", processing_class=make_byte_tokenizer(), verify=False)
+            save_slimmed(model, small_disk / "slim", processing_class=tokenizer, verify=False)
             break
         except OSError as error:
             assert str(error).startswith(f"The folder {small_disk}/slim could not be written: ")
@@ -182,17 +183,20 @@ class WithBin(Holder):
         torch.save({"head": torch.ones(30_000)}, f"{folder}/head.bin")
 
 
-def free(folder):
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
+def fill(path, room):
+    """Write a file that leaves room for so many bytes."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(path, max(path.stat().st_size - room, 0))
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB."""
+    """A file system of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a file system takes root")
     yield folder
     subprocess.run(["umount", folder], check=True)

@@ -195,7 +195,8 @@ def _write_folder(
         saved = save_container(slim, new.path, max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(new.path)
-        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics)
+        earlier = target / "README.md"
+        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics, earlier)
         new.join_others()
         if inputs:
             batches = dict(zip(find_pretrained(slim), inputs, strict=True))

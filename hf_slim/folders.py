@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
@@ -117,6 +117,7 @@ def replacing(target: Path) -> Iterator[NewFolder]:
         OSError: If writing fails; the old folder is as it was.
     """
     new = None
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -137,6 +138,10 @@ def replacing(target: Path) -> Iterator[NewFolder]:
         refused = OSError(f"The folder {target} could not be written: {error}. What was there before is unchanged.")
         refused.errno = getattr(error, "errno", None)
         raise refused from error
+    finally:
+        for parent in () if target.exists() else made:
+            with suppress(OSError):  # it was not made, or holds something by now
+                parent.rmdir()
 
 
 def _is_failed_write(error: Exception, *, still_writing: bool) -> bool:

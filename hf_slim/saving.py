@@ -57,8 +57,8 @@ def save_slimmed(
     The folder gets the weights, the config with the new shape, the tokenizer or processor, a model card and, where the
     config cannot express the shape, a small remote-code file. It is written beside `output_dir` and takes its place
     when all is written, so that at every moment the previous folder is there whole, or the new one; other files that
-    are in `output_dir` stay there. With several processes the first one writes; a sharded model is put together there,
-    so every process has to call this.
+    are in `output_dir` stay there, but for weights and adapters of an older model. With several processes the first
+    one writes, and the others wait for it, so every process has to call this.
 
     Args:
         trainer_or_model: The `Trainer` after training, or any model with zero units: a transformers model, one with
@@ -69,12 +69,13 @@ def save_slimmed(
         verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
             the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass,
             also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
-        push_to_hub: Upload the folder.
+        push_to_hub: Upload what was written, in one commit, which deletes what it replaces.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
         inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made.
         max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
-            `push_to_hub` of transformers.
+            `push_to_hub` of transformers; the trainer's `hub_token`, `hub_private_repo` and `hub_revision` where they
+            are not given.
 
     Returns:
         Parameters, bytes and the size of every structure before and after; prints as a table.
@@ -83,7 +84,7 @@ def save_slimmed(
         TypeError: If a keyword is unknown.
         ValueError: If an argument is of a wrong type, the model has nothing to slim, or no input can be made for it.
         OSError: If `output_dir` is a file or cannot be written; what was there before is unchanged.
-        RuntimeError: If the upload fails; the folder is there.
+        RuntimeError: If the upload fails, and the folder is there; or in every process if the first one fails.
         VerificationError: If the slimmed model computes something else; nothing is written.
     """
     trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None

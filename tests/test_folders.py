@@ -170,6 +170,7 @@ def test_a_disk_that_is_really_full(small_disk):
             assert str(error).startswith(f"The folder {small_disk}/slim could not be written: ")
             assert str(error).endswith(". What was there before is unchanged.")
             reasons.append(type(error.__cause__))
+            assert error.errno == (errno.ENOSPC if isinstance(error.__cause__, OSError) else None)
         finally:
             filler.unlink()
         assert digests(small_disk / "slim") == before and os.listdir(small_disk) == names
@@ -200,6 +201,17 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system takes root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def test_folders_that_were_made_for_a_save_that_failed_go(tmp_path):
+    class BadTokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="a/b/c/slim could not be written: disk full"):
+        save_slimmed(masked(), tmp_path / "a" / "b" / "c" / "slim", processing_class=BadTokenizer())
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
 @pytest.mark.parametrize("inplace", [True, False])

@@ -360,6 +360,16 @@ def test_a_subclass_resumes(classes, live, tmp_path):
         train_as(second, tmp_path, True, slim_live=live, slim_scope="local")
 
 
+def test_a_damaged_state_of_a_subclass_is_seen(tmp_path):
+    train_as(Mine, tmp_path)
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Mine"]["attributes"] = 3
+    path.write_text(json.dumps(state, indent=2) + "\n")
+    with pytest.raises(ValueError, match="does not fit or is damaged: it has no settings. Resume from another"):
+        train_as(Mine, tmp_path, str(path.parent))
+
+
 def test_two_callbacks_are_refused_where_training_resumes(tmp_path):
     train_as(SlimTrainerCallback, tmp_path)
     trainer = make_trainer(build("bert"), tmp_path, **SAVING)

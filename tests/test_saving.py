@@ -229,6 +229,12 @@ def test_a_diverged_model_is_refused(tmp_path):
     [
         ({"private": True}, ValueError, "private can only be used with push_to_hub=True"),
         ({"push_to_hub": True, "colour": 1}, TypeError, "unexpected keyword argument 'colour'; for the Hub it takes"),
+        (
+            {"push_to_hub": True, "create_pr": True, "revision": "v2"},
+            ValueError,
+            "create_pr=True opens a pull request against the main branch, so revision='v2' cannot be used with it",
+        ),
+        ({"push_to_hub": True, "repo_id": "a/b/c"}, ValueError, "Repo id must be in the form .*a/b/c"),
     ],
 )
 def test_wrong_keywords_are_refused(arguments, error, message, tmp_path):

@@ -93,7 +93,7 @@ def is_replaced(path: PurePosixPath, written: Collection[PurePosixPath]) -> bool
         True if the new model must not be mixed with it: other weights, adapters, indices and remote code beside files
         of the new model, but for those that are themselves files of the new one.
     """
-    beside = path.parent == PurePosixPath() or any(path.parent in other.parents for other in written)
+    beside = path.parent == PurePosixPath() or any(path.parent == other.parent for other in written)
     return beside and path not in written and _MODEL_FILES.fullmatch(path.name) is not None
 
 

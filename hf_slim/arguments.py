@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ CriterionName = Literal["magnitude", "snip_momentum", "taylor"]
 ScopeName = Literal["global", "local"]
 LiveChoice = Literal["auto", True, False]
 
+_SPARSITIES = ("ffn2_sparsity", "mha_sparsity")
 _WILDCARD = re.compile(r"[*?]|\[.+\]")
 """What makes a name a shell-style pattern."""
 
@@ -151,8 +153,60 @@ def check_whole(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
 
 
+def refuse_unused(arguments: Any) -> None:
+    """Refuse arguments that ask for a sparsity where nothing would drop units.
+
+    Args:
+        arguments: Those of a trainer without a `SlimTrainerCallback`.
+
+    Raises:
+        ValueError: If one of the sparsities is above 0.
+    """
+    asked = [name for name in _SPARSITIES if isinstance(arguments, SlimArgumentsMixin) and getattr(arguments, name)]
+    if asked:
+        raise ValueError(
+            f"{type(arguments).__name__} has {_quote(arguments, asked)}, but the trainer has no SlimTrainerCallback, "
+            "so nothing would be removed: pass callbacks=[SlimTrainerCallback()] to the trainer, or leave "
+            "ffn2_sparsity and mha_sparsity at 0."
+        )
+
+
+def refuse_two_settings(arguments: Any, config: Any) -> None:
+    """Refuse settings that are given twice: to a `SlimTrainerCallback`, and otherwise in the training arguments.
+
+    Args:
+        arguments: Those of the trainer. Fields that have their defaults are not given.
+        config: What the callback was given: a `SlimConfig`, auto-slim entries, or None.
+
+    Raises:
+        ValueError: If a field is given in both and differs, or is given beside entries, which hold all settings.
+    """
+    if config is None or not isinstance(arguments, SlimArgumentsMixin):
+        return
+    name = type(arguments).__name__
+    given = [f.name for f in fields(SlimConfig) if getattr(arguments, f.name) != f.default]
+    if not isinstance(config, SlimConfig):
+        if given:
+            raise ValueError(
+                f"SlimTrainerCallback was given auto-slim entries, which hold all settings, and {name} has "
+                f"{_quote(arguments, given)}: give one of the two."
+            )
+        return
+    differing = [field for field in given if getattr(arguments, field) != getattr(config, field)]
+    if differing:
+        raise ValueError(
+            f"Settings are given twice: {name} has {_quote(arguments, differing)}, the SlimConfig of "
+            f"SlimTrainerCallback has {_quote(config, differing)}. Give them once, in the arguments (then "
+            "SlimTrainerCallback() takes nothing) or in the SlimConfig."
+        )
+
+
+def _quote(values: Any, names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={getattr(values, name)!r}" for name in names)
+
+
 def _check_fields(values: SlimArgumentsMixin) -> None:
-    for name in ("ffn2_sparsity", "mha_sparsity"):
+    for name in _SPARSITIES:
         _check_number(values, name)
         if not 0 <= getattr(values, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(values, name)}: it is the fraction to remove.")

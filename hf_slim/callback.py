@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .arguments import SlimConfig
+from .arguments import SlimConfig, refuse_two_settings
 from .live import find_live
 from .plan import from_state, to_state
 from .saved_state import check_saved
@@ -60,8 +60,8 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse a second one on the same trainer."""
-        self._refuse_second(state)
+        """Refuse settings that are also in the arguments, but otherwise."""
+        refuse_two_settings(args, self.config)
 
     def on_train_begin(
         self,
@@ -76,11 +76,12 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if self.slimming is not None:
             self.slimming.close()
         self.slimming = None
-        self._refuse_second(state)
+        refuse_two_settings(args, self.config)  # again, since a hyperparameter search changes the arguments
         refuse_strategy(model, args)
         self.processes = args.world_size
         settings = SlimConfig.from_arguments(args) if self.config is None else self.config
-        saved = find_saved(state.stateful_callbacks) if state.global_step > 0 else None
+        name = type(self).__name__
+        saved = find_saved(state.stateful_callbacks, name) if state.global_step > 0 else None
         if state.global_step > 0 and saved is None:
             logger.warning(
                 f"The checkpoint of step {state.global_step} holds no slimming state: the schedule starts there, with "
@@ -101,7 +102,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             warnings.warn(
                 "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
             )
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        others = [key for key, stored in state.stateful_callbacks.items() if key != name and _is_state(stored)]
+        for other in others:  # what this goes on from, by a class of another name
+            del state.stateful_callbacks[other]
+        state.stateful_callbacks[name] = self.state()
         if not self.slimming.has_reached_target:
             _forget_best(state)
             if args.metric_for_best_model is not None:
@@ -180,20 +184,29 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             raise RuntimeError("SlimTrainerCallback is not in a training: it was added after training began.")
         return self.slimming
 
-    def _refuse_second(self, state: TrainerState) -> None:
-        """The Trainer keeps a list of states where several callbacks of a class have one."""
-        if isinstance((state.stateful_callbacks or {}).get(type(self).__name__), list):
-            raise ValueError(
-                "The trainer has more than one SlimTrainerCallback, and each would drop units of the same model: keep "
-                "one, and give it all settings."
-            )
+
+def refuse_several(callbacks: Iterable[TrainerCallback]) -> None:
+    """Refuse a trainer with more than one `SlimTrainerCallback`, whichever classes are made of it.
+
+    Args:
+        callbacks: Those of the trainer.
+
+    Raises:
+        ValueError: If there are two.
+    """
+    if sum(isinstance(callback, SlimTrainerCallback) for callback in callbacks) > 1:
+        raise ValueError(
+            "The trainer has more than one SlimTrainerCallback, and each would drop units of the same model: keep "
+            "one, and give it all settings."
+        )
 
 
-def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def find_saved(callbacks: Mapping[str, Any] | None, name: str | None = None) -> dict[str, Any] | None:
     """What a checkpoint holds of the callback.
 
     Args:
         callbacks: The field `stateful_callbacks` of the checkpoint's `trainer_state.json`.
+        name: The callback's class, where it is known; a checkpoint made by a class of another name is read, too.
 
     Returns:
         What `Slimming.to_state` gave; None if the run was not slimmed.
@@ -201,12 +214,34 @@ def find_saved(callbacks: Mapping[str, Any] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: If it is not as it was written.
     """
-    stored = (callbacks or {}).get(SlimTrainerCallback.__name__)
+    stored = find_state(callbacks, name)
     attributes = stored.get("attributes") if isinstance(stored, dict) else None
     saved = attributes.get("saved") if isinstance(attributes, dict) else stored
     if saved is not None:
         check_saved(saved)
     return saved
+
+
+def find_state(callbacks: Mapping[str, Any] | None, name: str | None = None) -> Any:
+    """What `SlimTrainerCallback.state` or that of a subclass gave, among the states of all callbacks.
+
+    Args:
+        callbacks: The field `stateful_callbacks` of a checkpoint's `trainer_state.json`.
+        name: The callback's class, where it is known.
+
+    Returns:
+        What is kept under the name; else under that of the base class; else what has its form, or None.
+    """
+    callbacks = callbacks or {}
+    for known in (name, SlimTrainerCallback.__name__):
+        if known is not None and known in callbacks:
+            return callbacks[known]
+    return next((stored for stored in callbacks.values() if _is_state(stored)), None)
+
+
+def _is_state(stored: Any) -> bool:
+    attributes = stored.get("attributes") if isinstance(stored, dict) else None
+    return isinstance(attributes, dict) and {"saved", "processes"} <= attributes.keys()
 
 
 def add_sparsities(callbacks: Iterable[TrainerCallback], state: TrainerState, logs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .callback import SlimTrainerCallback, find_saved
+from .callback import find_saved, find_state
 from .discovery import find_structures
 from .live import LiveUnits, find_live
 from .saved_state import read_masks
@@ -126,8 +126,8 @@ def _count_writers(folder: Path, text: str) -> int:
     if not (folder / "optimizer.pt").exists():
         return 0
     try:
-        processes = json.loads(text)["stateful_callbacks"][SlimTrainerCallback.__name__]["attributes"]["processes"]
-    except (ValueError, KeyError, TypeError):
+        processes = find_state(json.loads(text)["stateful_callbacks"])["attributes"]["processes"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return 0  # not cut off, but damaged, or from before slimming was added
     return processes if isinstance(processes, int) and processes > 1 else 0
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
@@ -30,14 +29,14 @@ def is_first_process() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gather_model(model: nn.Module) -> PreTrainedModel | None:
-    """Put a sharded model together on the CPU of the first process, one tensor after the other.
+def gather_weights(model: nn.Module) -> dict[str, Any]:
+    """Bring the weights of a sharded model to the CPU of the first process, one tensor after the other.
 
     Args:
         model: The sharded model; every process has to call this.
 
     Returns:
-        A model of its own with the whole weights in the first process, None in the others.
+        The whole weights in the first process; nothing in the others.
 
     Raises:
         ValueError: If it is no transformers model.
@@ -47,14 +46,24 @@ def gather_model(model: nn.Module) -> PreTrainedModel | None:
             f"A sharded {type(model).__name__} cannot be put together: only a PreTrainedModel without adapters can."
         )
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FSDPModule
 
     if any(is_partitioned(tensor) for tensor in model.parameters()):
-        weights: dict[str, Any] = whole_state_dict(model)
-    else:
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not is_first_process():
-        return None
+        return whole_state_dict(model)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def build_whole(model: PreTrainedModel, weights: dict[str, Any]) -> PreTrainedModel:
+    """Put a sharded model together; only one process has to call this.
+
+    Args:
+        model: The sharded model.
+        weights: What `gather_weights` gave in this process.
+
+    Returns:
+        A model of its own with the whole weights.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
     own: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     config = copy.deepcopy(model.config)
     config.__dict__.pop("distributed_config", None)
@@ -90,16 +99,18 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
     Raises:
         Exception: What it raised, in the first process; a RuntimeError that says so in the others.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return function()
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if is_first_process():
         try:
             with _models_whole():
                 outcome[0] = function()
-        except Exception as error:
+        except BaseException as error:  # also an interrupt: the others would wait
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
-    broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome)
     if failure is not None:
         raise failure
     if outcome[1] is not None:

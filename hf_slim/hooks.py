@@ -96,16 +96,19 @@ def hook_configs(module: ModuleType) -> None:
     config_class.save_pretrained = _mark(save_pretrained)
 
 
-def hook_logs(module: ModuleType) -> None:
-    """Add the sparsities to what a Trainer logs, before any of its callbacks sees it.
+def hook_callbacks(module: ModuleType) -> None:
+    """Do what a callback cannot do by itself, where the Trainer calls all of its callbacks.
 
-    A callback cannot do this by itself: reporters such as TensorBoard come before it in the Trainer's list.
+    The sparsities are added to what is logged before reporters such as TensorBoard see it, which come first in the
+    Trainer's list. A training that asks for a sparsity has one `SlimTrainerCallback`: without it nothing of ours would
+    run, and each of two does not know of the other. This holds for whatever calls callbacks, also where a class has a
+    `train` of its own, and for the arguments of every trial of a hyperparameter search.
 
     Args:
         module: `transformers.trainer_callback`.
     """
     handler_class = module.CallbackHandler
-    report = handler_class.on_log
+    report, prepare, begin = handler_class.on_log, handler_class.on_init_end, handler_class.on_train_begin
     if _is_hook(report):
         return
 
@@ -117,7 +120,23 @@ def hook_logs(module: ModuleType) -> None:
             add_sparsities(self.callbacks, state, logs)
         return report(self, args, state, control, logs)
 
+    @functools.wraps(prepare)
+    def on_init_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_several(self.callbacks)
+        return prepare(self, *args, **kwargs)
+
+    @functools.wraps(begin)
+    def on_train_begin(self: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
+        _refuse_several(self.callbacks)
+        if not _is_slimming(self.callbacks) and f"{__package__}.arguments" in sys.modules:
+            from .arguments import refuse_unused
+
+            refuse_unused(args)
+        return begin(self, args, *others, **kwargs)
+
     handler_class.on_log = _mark(on_log)
+    handler_class.on_init_end = _mark(on_init_end)
+    handler_class.on_train_begin = _mark(on_train_begin)
 
 
 def hook_training(module: ModuleType) -> None:
@@ -156,7 +175,7 @@ def hook_training(module: ModuleType) -> None:
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.configuration_utils": hook_configs,
     "transformers.modeling_utils": hook_models,
-    "transformers.trainer_callback": hook_logs,
+    "transformers.trainer_callback": hook_callbacks,
     "transformers.trainer": hook_training,
 }
 """For each module of transformers what is done to it after its import, and again after a reload."""
@@ -207,6 +226,13 @@ def _is_slimming(callbacks: Iterable[Any]) -> bool:
 def _has_slim_models() -> bool:
     """Whether there may be a slim model: none is made or loaded without this module."""
     return f"{__package__}.modeling_hf_slim" in sys.modules
+
+
+def _refuse_several(callbacks: Iterable[Any]) -> None:
+    if _is_slimming(callbacks):
+        from .callback import refuse_several
+
+        refuse_several(callbacks)
 
 
 def _mark(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from transformers import PreTrainedModel
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from .record import find_auto_classes, has_record
 from .report import SlimReport
@@ -14,6 +16,7 @@ from .report import SlimReport
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _TAGS = ("hf_slim", "pruning")
 _TITLE = "Slimmed with hf_slim"
+_SENTENCE_END = "with [hf_slim](https://pypi.org/project/hf-slim)."
 
 
 def write_model_card(
@@ -23,6 +26,7 @@ def write_model_card(
     repo_id: str,
     has_remote_code: bool,
     metrics: Mapping[str, float] | None = None,
+    earlier: Path | None = None,
 ) -> None:
     """Write `README.md`; a card that is there, since what holds the model wrote one, gets ours at its end.
 
@@ -33,8 +37,14 @@ def write_model_card(
         repo_id: What users pass to `from_pretrained`.
         has_remote_code: Whether the folder holds the remote-code file.
         metrics: Evaluation results, by name.
+        earlier: The `README.md` whose place the card takes, if there is one; what somebody else wrote in it stays.
+
+    Raises:
+        ValueError: If the metadata of a card that is there cannot be read.
     """
     path = folder / "README.md"
+    if earlier is not None and earlier.is_file() and not path.exists() and not _is_ours(earlier):
+        shutil.copyfile(earlier, path)
     there = path.exists()
     card = make_model_card(
         model,
@@ -45,13 +55,46 @@ def write_model_card(
         title=_TITLE if there else None,
     )
     if there:
-        theirs = RepoCard.load(path)  # keeps every field of the metadata as it is
+        theirs = _load_card(path)
         theirs.data["tags"] = list(dict.fromkeys([*(theirs.data.get("tags") or []), *_TAGS]))
         before = theirs.text.partition(f"\n# {_TITLE}\n")[0]  # ours may be in it from an earlier time
         theirs.text = f"{before.rstrip()}\n\n{card.text.lstrip()}"
         theirs.save(path)
     else:
         card.save(path)
+
+
+def _load_card(path: Path) -> RepoCard:
+    """A card that somebody else wrote, with every field of its metadata as it is."""
+    try:
+        return RepoCard.load(path)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"The metadata at the head of the README.md in the folder cannot be read, so the model card cannot be "
+            f"added to it: {error}. Mend or move that file, and save again."
+        ) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a card is one of ours from its beginning on."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return _SENTENCE_END in text and f"\n# {_TITLE}\n" not in text
+
+
+def rename_in_card(path: Path, name: str, repo_id: str) -> None:
+    """Have a card load the model by the whole name of its repository.
+
+    Args:
+        path: The card.
+        name: What `write_model_card` was given.
+        repo_id: What it is to be, with the user's name.
+    """
+    if name != repo_id:
+        card = path.read_text(encoding="utf-8")
+        renamed = path.with_name(f".{path.name}.renamed")
+        card = card.replace(f'.from_pretrained("{name}")', f'.from_pretrained("{repo_id}")')
+        renamed.write_text(card, encoding="utf-8")
+        renamed.replace(path)
 
 
 def make_model_card(
@@ -119,7 +162,7 @@ def _sentence(model: PreTrainedModel, report: SlimReport, base_model: str | None
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A `{type(model).__name__}`"
     return (
         f"{of} with {share:.0%} of its parameters: intermediate channels and attention heads were removed physically "
-        "with [hf_slim](https://pypi.org/project/hf-slim)."
+        f"{_SENTENCE_END}"
     )
 
 

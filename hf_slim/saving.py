@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -25,7 +24,8 @@ from .callback import SlimTrainerCallback
 from .containers import can_save, check_container, copy_model, save_container
 from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
-from .gathering import gather_model, is_first_process, is_spread, run_in_first_process
+from .gathering import build_whole, gather_weights, is_first_process, is_spread, run_in_first_process
+from .hub import add_hub_fields, check_keywords, push_folder
 from .inputs import make_inputs
 from .live import LiveUnits, find_live
 from .model_card import write_model_card
@@ -57,8 +57,8 @@ def save_slimmed(
     The folder gets the weights, the config with the new shape, the tokenizer or processor, a model card and, where the
     config cannot express the shape, a small remote-code file. It is written beside `output_dir` and takes its place
     when all is written, so that at every moment the previous folder is there whole, or the new one; other files that
-    are in `output_dir` stay there. With several processes the first one writes; a sharded model is put together there,
-    so every process has to call this.
+    are in `output_dir` stay there, but for weights and adapters of an older model. With several processes the first
+    one writes, and the others wait for it, so every process has to call this.
 
     Args:
         trainer_or_model: The `Trainer` after training, or any model with zero units: a transformers model, one with
@@ -69,12 +69,13 @@ def save_slimmed(
         verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
             the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass,
             also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
-        push_to_hub: Upload the folder.
+        push_to_hub: Upload what was written, in one commit, which deletes what it replaces.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
         inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made.
         max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
-            `push_to_hub` of transformers.
+            `push_to_hub` of transformers; the trainer's `hub_token`, `hub_private_repo` and `hub_revision` where they
+            are not given.
 
     Returns:
         Parameters, bytes and the size of every structure before and after; prints as a table.
@@ -83,7 +84,7 @@ def save_slimmed(
         TypeError: If a keyword is unknown.
         ValueError: If an argument is of a wrong type, the model has nothing to slim, or no input can be made for it.
         OSError: If `output_dir` is a file or cannot be written; what was there before is unchanged.
-        RuntimeError: If the upload fails; the folder is there.
+        RuntimeError: If the upload fails, and the folder is there; or in every process if the first one fails.
         VerificationError: If the slimmed model computes something else; nothing is written.
     """
     trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None
@@ -91,17 +92,22 @@ def save_slimmed(
     _check_arguments(output_dir, processing_class, verify, repo_id, push_to_hub=push_to_hub, inplace=inplace)
     if hub_kwargs and not push_to_hub:
         raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
-    _refuse_unknown_keywords(hub_kwargs)
+    check_keywords(hub_kwargs)
     if inplace and has_adapters(model):
         raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
-    target = check_folder(output_dir)
+    if inplace and is_spread(model):
+        raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
     refuse_strategy(model)
     refuse_unmapped(model)
     multiple = _round_to(trainer)
-    name = repo_id or (trainer and trainer.args.hub_model_id) or target.name
+    name = repo_id or (trainer and trainer.args.hub_model_id) or Path(output_dir).resolve().name
+    if push_to_hub:
+        validate_repo_id(name)
+        hub_kwargs = add_hub_fields(hub_kwargs, trainer.args if trainer is not None else None)
     if processing_class is None and trainer is not None:
         processing_class = trainer.processing_class
     _warn_of_early_end(trainer)
+    target = run_in_first_process(lambda: check_folder(output_dir))
 
     live = find_live(model)
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
@@ -110,20 +116,19 @@ def save_slimmed(
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
             slim, report, inputs = _slim(slim, multiple, verify, live)
-            _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
+            metrics = _metrics(trainer)
+            written = _write_folder(target, slim, report, name, processing_class, inputs, metrics, max_shard_size)
         if push_to_hub:
-            _push(target, name, hub_kwargs)
+            push_folder(target, written, name, hub_kwargs)
         return report
 
-    if is_spread(model):
-        if inplace:
-            raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
-        gathered = gather_model(model)
-        return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
-    report = save(model) if is_first_process() else _slim(model if own else _copy(model), multiple, verify=False)[1]
-    if inplace and not own:
-        model_slim(model, multiple)
-    return report
+    if not is_spread(model):
+        report = run_in_first_process(lambda: save(model))
+        if inplace and not (own and is_first_process()):
+            model_slim(model, multiple)
+        return report
+    weights = gather_weights(model)
+    return run_in_first_process(lambda: save(build_whole(model, weights)))
 
 
 def _slim(
@@ -185,18 +190,22 @@ def _write_folder(
     inputs: list[dict[str, Any]],
     metrics: dict[str, float],
     max_shard_size: int | str | None,
-) -> None:
-    with replacing(target) as folder:
-        saved = save_container(slim, folder, max_shard_size)
+) -> tuple[PurePosixPath, ...]:
+    """Write the folder, check it as it will be, and put it in its place; gives the files that were written."""
+    with replacing(target) as new:
+        saved = save_container(slim, new.path, max_shard_size)
         if processing_class is not None:
-            processing_class.save_pretrained(folder)
-        write_model_card(saved[0].model, report, folder, name, saved[0].has_remote_code, metrics)
+            processing_class.save_pretrained(new.path)
+        earlier = target / "README.md"
+        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics, earlier)
+        new.join_others()
         if inputs:
             batches = dict(zip(find_pretrained(slim), inputs, strict=True))
             for part, place, _ in saved:
                 _check_reload(place, part, batches[part])
             if not isinstance(slim, PreTrainedModel):
-                check_container(slim, folder)
+                check_container(slim, new.path)
+    return new.written
 
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -238,8 +247,6 @@ def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_i
         raise ValueError(f"verify: the inputs of a batch are named by strings, got {list(verify)}.")
     if repo_id is not None and (not isinstance(repo_id, str) or not repo_id):
         raise ValueError(f"repo_id must be the name of a repository, got {repo_id!r}.")
-    if repo_id is not None and switches["push_to_hub"]:
-        validate_repo_id(repo_id)
     if processing_class is not None and not callable(getattr(processing_class, "save_pretrained", None)):
         raise ValueError(
             "processing_class must be a tokenizer or processor, which have save_pretrained, got "
@@ -304,36 +311,3 @@ def _metrics(trainer: Trainer | None) -> dict[str, float]:
             timings = ("_runtime", "_per_second")
             return {key: value for key, value in found.items() if not key.endswith(timings)}
     return {}
-
-
-_CREATE_KEYWORDS = ("token", "private")
-_UPLOAD_KEYWORDS = ("token", "revision", "commit_message", "commit_description", "create_pr")
-
-
-def _refuse_unknown_keywords(keywords: Mapping[str, Any]) -> None:
-    unknown = sorted(set(keywords) - {*_CREATE_KEYWORDS, *_UPLOAD_KEYWORDS})
-    if unknown:
-        known = ", ".join(dict.fromkeys((*_CREATE_KEYWORDS, *_UPLOAD_KEYWORDS)))
-        raise TypeError(
-            f"save_slimmed() got an unexpected keyword argument {unknown[0]!r}; for the Hub it takes {known}."
-        )
-
-
-def _push(folder: Path, repo_id: str, keywords: Mapping[str, Any]) -> None:
-    create = {key: keywords[key] for key in _CREATE_KEYWORDS if key in keywords}
-    upload = {key: keywords[key] for key in _UPLOAD_KEYWORDS if key in keywords}
-    upload.setdefault("commit_message", "Upload slim model")
-    api = HfApi()
-    try:
-        repo = api.create_repo(repo_id, exist_ok=True, **create)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            ignore_patterns=["checkpoint-*/**", "runs/**", "*.bin", "training_args*"],
-            **upload,
-        )
-    except Exception as error:
-        raise RuntimeError(
-            f"The upload to {repo_id} failed: {error}. The slim model is whole in {folder}: upload it with "
-            f"`hf upload {repo_id} {folder}`, or save it again."
-        ) from error

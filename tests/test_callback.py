@@ -1,5 +1,7 @@
 """Slimming while a Trainer trains: schedule, logs, optimizers, precision, resuming, bad settings."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -8,9 +10,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_slim import SlimConfig, SlimTrainerCallback, SlimTrainingArguments, find_structures
+from hf_slim import (
+    SlimConfig,
+    SlimSeq2SeqTrainingArguments,
+    SlimTrainerCallback,
+    SlimTrainingArguments,
+    find_structures,
+    parse_auto_slim_config,
+)
 from hf_slim.masking import find_zero_units
 
+TARGET = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
 HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}
 
 
@@ -220,4 +230,114 @@ def test_arguments_without_fields_are_refused(tmp_path):
     args = TrainingArguments(tmp_path, max_steps=2, report_to="none")
     trainer = Trainer(model, args, train_dataset=make_data(model), callbacks=[SlimTrainerCallback()])
     with pytest.raises(ValueError, match="TrainingArguments has no field 'ffn2_sparsity'"):
+        trainer.train()
+
+
+class OwnTrainer(Trainer):
+    """A trainer with a `train` of its own."""
+
+    def train(self):
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        return SimpleNamespace(global_step=self.args.max_steps)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, transformers.Seq2SeqTrainer, OwnTrainer])
+def test_arguments_with_a_sparsity_and_no_callback_are_refused(trainer_class, tmp_path):
+    model = build("bert")
+    before = weights(model)
+    settings = {"max_steps": 2, "report_to": "none", "predict_with_generate": False, "mha_sparsity": 0.5}
+    args = SlimSeq2SeqTrainingArguments(tmp_path, **settings)
+    trainer = trainer_class(model, args, train_dataset=make_data(model))
+    with pytest.raises(
+        ValueError,
+        match=r"^SlimSeq2SeqTrainingArguments has mha_sparsity=0\.5, but the trainer has no SlimTrainerCallback, so "
+        r"nothing would be removed: pass callbacks=\[SlimTrainerCallback\(\)\] to the trainer, or",
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    args.mha_sparsity = 0.0
+    assert trainer.train().global_step == 2
+
+
+def test_a_searched_sparsity_without_a_callback_is_refused(tmp_path):
+    """The arguments ask for nothing; a trial does."""
+    args = SlimTrainingArguments(tmp_path, max_steps=2, report_to="none", eval_strategy="steps", eval_steps=2)
+    data = make_data(build("bert"))
+    trainer = Trainer(model_init=lambda: build("bert"), args=args, train_dataset=data, eval_dataset=data)
+    with pytest.raises(ValueError, match=r"SlimTrainingArguments has ffn2_sparsity=0\.5, but the trainer has no Slim"):
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"ffn2_sparsity": trial.suggest_categorical("ffn2_sparsity", [0.5])},
+            backend="optuna",
+            n_trials=1,
+        )
+
+
+def train_with(config, folder, **settings):
+    model = build("bert")
+    args = SlimTrainingArguments(
+        folder, **{"max_steps": 12, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **settings}
+    )
+    trainer = Trainer(model, args, train_dataset=make_data(model), callbacks=[SlimTrainerCallback(config)])
+    trainer.train()
+    return trainer
+
+
+def test_settings_that_are_given_twice_and_differ_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"^Settings are given twice: SlimTrainingArguments has ffn2_sparsity=0\.25, slim_end=6, the SlimConfig "
+        r"of SlimTrainerCallback has ffn2_sparsity=0\.5, slim_end=8\. Give them once",
+    ):
+        train_with(SlimConfig(**HALF), tmp_path, ffn2_sparsity=0.25, slim_start=2, slim_end=6)
+    assert not tmp_path.joinpath("runs").exists()  # refused with the trainer, before it trains
+
+
+def test_settings_of_the_arguments_beside_entries_are_refused(tmp_path):
+    entries = parse_auto_slim_config(build("bert"), 0.5, 0.5, start_step=2, end_step=8)
+    with pytest.raises(
+        ValueError,
+        match=r"was given auto-slim entries, which hold all settings, and SlimTrainingArguments has "
+        r"mha_sparsity=0\.5, slim_live=False: give one of the two",
+    ):
+        train_with(entries, tmp_path, mha_sparsity=0.5, slim_live=False)
+    assert slim_callback(train_with(entries, tmp_path)).sparsities() == TARGET
+
+
+@pytest.mark.parametrize("settings", [{}, HALF, {"ffn2_sparsity": 0.5}])
+def test_settings_that_are_given_once_or_are_equal(settings, tmp_path):
+    """Fields that the arguments leave at their defaults are those of the SlimConfig."""
+    assert slim_callback(train_with(SlimConfig(**HALF), tmp_path, **settings)).sparsities() == TARGET
+
+
+def test_arguments_that_change_after_the_trainer_was_built(tmp_path):
+    trainer = train_with(SlimConfig(**HALF), tmp_path)
+    trainer.args.ffn2_sparsity = 0.25
+    with pytest.raises(ValueError, match=r"has ffn2_sparsity=0\.25, the SlimConfig of SlimTrainerCallback has ffn2_"):
+        trainer.train()
+
+
+class Mine(SlimTrainerCallback):
+    """A callback of somebody's own, with a state of its own."""
+
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.steps = 0
+
+    def state(self):
+        state = super().state()
+        state["attributes"]["steps"] = self.steps
+        return state
+
+
+@pytest.mark.parametrize("others", [(Mine, Mine), (Mine, SlimTrainerCallback), (SlimTrainerCallback, Mine)])
+def test_two_callbacks_of_any_class_are_refused(others, tmp_path):
+    one, other = (cls() for cls in others)
+    model = build("bert")
+    args = SlimTrainingArguments(tmp_path, max_steps=12, report_to="none", **HALF)
+    with pytest.raises(ValueError, match="more than one SlimTrainerCallback, and each would drop units of the same"):
+        Trainer(model, args, train_dataset=make_data(model), callbacks=[one, other])
+    trainer = Trainer(model, args, train_dataset=make_data(model), callbacks=[one])
+    trainer.add_callback(other)
+    with pytest.raises(ValueError, match="more than one SlimTrainerCallback"):
         trainer.train()

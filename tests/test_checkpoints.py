@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
-from test_callback import HALF, kept, make_data, make_trainer, slim_callback, weights
+from test_callback import HALF, Mine, kept, make_data, make_trainer, slim_callback, weights
 from transformers import Trainer, TrainingArguments
 
 import hf_slim
@@ -256,7 +256,7 @@ def test_other_entries_are_refused(tmp_path):
 
 def test_without_state_the_schedule_starts_there(tmp_path, monkeypatch):
     """Fractions count of the 8 steps that remain: from step 4 + 2 to step 4 + 6."""
-    plain = make_trainer(build("bert"), tmp_path, **SAVING)
+    plain = make_trainer(build("bert"), tmp_path, **SAVING, ffn2_sparsity=0.0, mha_sparsity=0.0)
     plain.remove_callback(SlimTrainerCallback)
     plain.train()
     assert "SlimTrainerCallback" not in read_state(tmp_path, 4)["stateful_callbacks"]
@@ -335,3 +335,53 @@ def test_hf_slim_unpickles_nothing():
                 if name in ("torch.load", "allow_pickle", "weights_only", "torch.hub", "numpy.load", "np.load"):
                     found.append((path.name, node.lineno, name))
     assert found == []
+
+
+def train_as(cls, folder, resume_from_checkpoint=None, **settings):
+    """A whole training, or the rest of one, with a callback of a class."""
+    trainer = make_trainer(build("bert"), folder, **{**SAVING, **settings})
+    trainer.remove_callback(SlimTrainerCallback)
+    trainer.add_callback(cls())
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("classes", [(Mine, Mine), (SlimTrainerCallback, Mine), (Mine, SlimTrainerCallback)])
+def test_a_subclass_resumes(classes, live, tmp_path):
+    """Bit-equal to the training that was not interrupted, with the state of one callback in its checkpoints."""
+    first, second = classes
+    whole = train_as(first, tmp_path, slim_live=live)
+    resumed = train_as(second, tmp_path, str(tmp_path / "checkpoint-4"), slim_live=live)
+    assert ends_like(resumed, (None, weights(whole.model), kept(whole)))
+    states = read_state(tmp_path, 12)["stateful_callbacks"]
+    assert [name for name in states if name != "TrainerControl"] == [second.__name__]
+    with pytest.raises(ValueError, match="other slim settings: slim_scope='global' there, 'local' here"):
+        train_as(second, tmp_path, True, slim_live=live, slim_scope="local")
+
+
+def test_a_damaged_state_of_a_subclass_is_seen(tmp_path):
+    train_as(Mine, tmp_path)
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Mine"]["attributes"] = 3
+    path.write_text(json.dumps(state, indent=2) + "\n")
+    with pytest.raises(ValueError, match="does not fit or is damaged: it has no settings. Resume from another"):
+        train_as(Mine, tmp_path, str(path.parent))
+
+
+def test_two_callbacks_are_refused_where_training_resumes(tmp_path):
+    train_as(SlimTrainerCallback, tmp_path)
+    trainer = make_trainer(build("bert"), tmp_path, **SAVING)
+    trainer.add_callback(Mine())
+    with pytest.raises(ValueError, match="more than one SlimTrainerCallback"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_process_that_did_not_write_its_part_is_seen_with_a_subclass(tmp_path):
+    train_as(Mine, tmp_path)
+    path = tmp_path / "checkpoint-12" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Mine"]["attributes"]["processes"] = 2
+    path.write_text(json.dumps(state, indent=2) + "\n")
+    assert find_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -67,3 +68,31 @@ def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(together, tmp_pat
     result = compare(whole, tmp_path)
     assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)
     assert (result["loss"], result["weights"]) == (0, 0)
+
+
+def test_every_process_fails_where_the_first_one_does(tmp_path):
+    """And none waits for another: each save ends in both, and the next one works."""
+    launch("torchrun", "--standalone", "--nproc_per_node", "2", "failing.py", str(tmp_path))
+    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
+    written = f"The folder {tmp_path}/{{}} could not be written: disk full. What was there before is unchanged."
+    assert first.pop("an upload").startswith("RuntimeError: The upload to me/x failed: ")
+    assert second.pop("an upload").startswith(
+        "RuntimeError: The first process failed: RuntimeError: The upload to me/x"
+    )
+    assert first == {
+        "a file": f"NotADirectoryError: output_dir='{tmp_path}/file' is a file; name a folder.",
+        "writing": f"OSError: {written.format('slim')}",
+        "an interrupt": "KeyboardInterrupt: stop",
+        "nothing": "29538",
+        "sharded, writing": f"OSError: {written.format('sharded')}",
+        "sharded, building": "MemoryError: no memory to put it together",
+        "sharded, nothing": "29538",
+        "in place": "29538",
+    }
+    assert second == {
+        name: end if end == "29538" else f"RuntimeError: The first process failed: {end}"
+        for name, end in first.items()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("file", "inplace", "pushed", "result-0.json", "result-1.json", "sharded", "slim")
+    ]

@@ -1,22 +1,29 @@
 """Replacing a folder as a whole: kills, a full disk, odd places and file systems."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import pytest
-from conftest import build
+import torch
+import transformers
+from conftest import build, logits, make_batch
 from faults import add_others, digests
+from safetensors import SafetensorError
+from test_containers import Holder
 from test_saving import masked
 from transformers import AutoModelForSequenceClassification
 
-from hf_slim import folders, save_slimmed
+from hf_slim import folders, model_slim, save_slimmed
 from hf_slim.folders import check_folder, replacing
+from hf_slim.tokenizer import make_byte_tokenizer
+from hf_slim.verification import VerificationError
 
 TESTS = Path(__file__).parent
 
@@ -32,8 +39,8 @@ def write_old(folder):
 
 def replace(folder):
     with replacing(folder) as new:
-        (new / "config.json").write_text("new")
-        (new / "model.safetensors").write_text("new")
+        (new.path / "config.json").write_text("new")
+        (new.path / "model.safetensors").write_text("new")
 
 
 def contents(folder):
@@ -147,6 +154,84 @@ def test_a_parent_without_permission_is_refused(tmp_path):
         check_folder(tmp_path / "slim")
 
 
+def test_a_disk_that_is_really_full(small_disk):
+    """Whichever file no longer fits, also the tokenizer's and those of torch.save, whose errors are no OSError."""
+    save_slimmed(masked(), small_disk / "slim")
+    before, names = digests(small_disk / "slim"), os.listdir(small_disk)
+    model, tokenizer, reasons = WithBin(build("bert", seed=9)), make_byte_tokenizer(), []
+    tokenizer.add_tokens([f"word{number}" for number in range(2000)])
+    for room in range(0, 2**21, 2**14):
+        filler = small_disk / "filler"
+        fill(filler, room)
+        try:
+            save_slimmed(model, small_disk / "slim", processing_class=tokenizer, verify=False)
+            break
+        except OSError as error:
+            assert str(error).startswith(f"The folder {small_disk}/slim could not be written: ")
+            assert str(error).endswith(". What was there before is unchanged.")
+            reasons.append(type(error.__cause__))
+            assert error.errno == (errno.ENOSPC if isinstance(error.__cause__, OSError) else None)
+        finally:
+            filler.unlink()
+        assert digests(small_disk / "slim") == before and os.listdir(small_disk) == names
+    assert {Exception, RuntimeError, SafetensorError} <= {*reasons}
+    assert (small_disk / "slim" / "head.bin").exists()
+
+
+class WithBin(Holder):
+    def save_pretrained(self, folder):
+        super().save_pretrained(folder)
+        torch.save({"head": torch.ones(30_000)}, f"{folder}/head.bin")
+
+
+def fill(path, room):
+    """Write a file that leaves room for so many bytes."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(path, max(path.stat().st_size - room, 0))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_folders_that_were_made_for_a_save_that_failed_go(tmp_path):
+    class BadTokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="a/b/c/slim could not be written: disk full"):
+        save_slimmed(masked(), tmp_path / "a" / "b" / "c" / "slim", processing_class=BadTokenizer())
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_failed_save_leaves_the_config(inplace, tmp_path, monkeypatch):
+    """In place and without a comparison the model itself is what is saved."""
+    model = masked()
+    before = model.config.to_dict()
+    if inplace:
+        before = model_slim(masked()).config.to_dict()
+
+    def failing(self, folder, **keywords):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", failing)
+    with pytest.raises(OSError, match="disk full"):
+        save_slimmed(model, tmp_path / "slim", verify=not inplace, inplace=inplace)
+    assert model.config.to_dict() == before
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_slimmed(masked(), ".")
@@ -190,6 +275,87 @@ def test_nothing_is_left_of_an_old_model(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("README.md", "config.json", "generation_config.json", "model.safetensors")
     ]
+
+
+def test_nothing_is_left_of_an_old_adapter(tmp_path):
+    """Or from_pretrained would lay it over the merged weights."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'hf-slim[integrations]'")
+    model = peft.get_peft_model(masked(), peft.LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "adapter_model.safetensors").write_text("an older one")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    save_slimmed(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("README.md", "checkpoint-1", "config.json", "model.safetensors", "modeling_hf_slim.py")
+    ]
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").read_text() == "an older one"
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    batch = make_batch(model.get_base_model())
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=1e-5, rtol=1e-4)
+
+
+class Settled(Holder):
+    """Loads what else is in its folder, too."""
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        loaded = super().from_pretrained(folder)
+        if Path(folder, "bias.txt").exists():
+            loaded.model.classifier.bias.data += float(Path(folder, "bias.txt").read_text())
+        return loaded
+
+
+def test_what_is_checked_is_the_folder_as_it_will_be(tmp_path):
+    (tmp_path / "slim").mkdir()
+    (tmp_path / "slim" / "bias.txt").write_text("0")
+    save_slimmed(Settled(masked()), tmp_path / "slim")
+    (tmp_path / "slim" / "bias.txt").write_text("1")
+    before = digests(tmp_path / "slim")
+    with pytest.raises(VerificationError, match="Settled loads another model.classifier.bias from the saved folder"):
+        save_slimmed(Settled(masked()), tmp_path / "slim")
+    assert digests(tmp_path / "slim") == before and os.listdir(tmp_path) == ["slim"]
+
+
+def test_other_files_in_folders_that_are_written_stay(tmp_path):
+    """Only the old model in them goes; folders of the same name as a file do not."""
+    old = tmp_path / "slim"
+    write_old(old)
+    write_old(old / "inner")
+    (old / "inner" / "adapter_config.json").write_text("old")
+    (old / "inner" / "deep").mkdir()
+    (old / "inner" / "deep" / "model.safetensors").write_text("of something else")
+    (old / "inner" / "gone").symlink_to("nowhere")
+    with replacing(old) as new:
+        (new.path / "inner").mkdir()
+        (new.path / "inner" / "config.json").write_text("new")
+        new.join_others()
+        assert new.written == (PurePosixPath("inner/config.json"),)
+        assert (new.path / "inner" / "notes.txt").read_text() == "mine"
+    found = contents(old)
+    assert found == {
+        "config.json": "old",
+        "inner/config.json": "new",
+        "inner/deep/model.safetensors": "of something else",
+        **{place: text for place, text in NEW.items() if place[0] in "nc" and text != "new"},
+        **{f"inner/{place}": text for place, text in NEW.items() if text != "new"},
+    }
+    assert os.readlink(old / "inner" / "gone") == "nowhere"
+
+
+def test_files_that_come_while_the_new_folder_is_checked_stay(tmp_path):
+    write_old(tmp_path / "slim")
+    with replacing(tmp_path / "slim") as new:
+        (new.path / "config.json").write_text("new")
+        new.join_others()
+        (tmp_path / "slim" / "log.txt").write_text("late")
+        (tmp_path / "slim" / "checkpoint-3" / "model-2.safetensors").write_text("late")
+    assert new.written == (PurePosixPath("config.json"),)
+    assert contents(tmp_path / "slim") == {
+        **{place: text for place, text in NEW.items() if place != "model.safetensors"},
+        "log.txt": "late",
+        "checkpoint-3/model-2.safetensors": "late",
+    }
 
 
 class NoExchange:

@@ -142,6 +142,35 @@ def test_model_card(tmp_path):
     assert "| eval_loss |" in card.text and "runtime" not in card.text
 
 
+def test_the_card_of_somebody_else_stays(tmp_path):
+    """What the folder's README.md said is at its head, however often the model is saved."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n# My project\n\nNotes.\n")
+    for _ in range(2):
+        save_slimmed(masked(), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.to_dict() == {"license": "mit", "tags": ["mine", "hf_slim", "pruning"]}
+    assert card.text.strip().startswith("# My project\n\nNotes.\n\n# Slimmed with hf_slim\n\nA `BertFor")
+    assert text.count("| parameters | 37,890 | 29,538 | -22% |") == 1
+
+
+def test_our_own_card_is_replaced(tmp_path):
+    save_slimmed(build("bert"), tmp_path / "slim")
+    save_slimmed(masked(), tmp_path / "slim")
+    text = (tmp_path / "slim" / "README.md").read_text()
+    assert "| parameters | 37,890 | 29,538 | -22% |" in text and text.count("## Sizes") == 1
+
+
+@pytest.mark.parametrize("head", ["- a", ": [b"])
+def test_a_card_that_cannot_be_read(head, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# Mine\n")
+    with pytest.raises(
+        ValueError, match="^The metadata at the head of the README.md in the folder cannot be read, so"
+    ):
+        save_slimmed(masked(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_model_card_of_a_stock_model(tmp_path):
     save_slimmed(masked("llama"), tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -201,6 +230,12 @@ def test_a_diverged_model_is_refused(tmp_path):
     [
         ({"private": True}, ValueError, "private can only be used with push_to_hub=True"),
         ({"push_to_hub": True, "colour": 1}, TypeError, "unexpected keyword argument 'colour'; for the Hub it takes"),
+        (
+            {"push_to_hub": True, "create_pr": True, "revision": "v2"},
+            ValueError,
+            "create_pr=True opens a pull request against the main branch, so revision='v2' cannot be used with it",
+        ),
+        ({"push_to_hub": True, "repo_id": "a/b/c"}, ValueError, "Repo id must be in the form .*a/b/c"),
     ],
 )
 def test_wrong_keywords_are_refused(arguments, error, message, tmp_path):

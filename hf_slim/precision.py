@@ -37,22 +37,18 @@ def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    configs = {id(value): value for m in model.modules() for value in vars(m).values()}
-    flash = {
-        (key, config): config.__dict__[key]
-        for config in configs.values()
-        if isinstance(config, PreTrainedConfig)
-        for key in (_IMPLEMENTATION,)
-        if "flash" in str(config.__dict__.get(key))
-    }
+    values = [value for module in model.modules() for value in vars(module).values()]
+    configs = {id(value): vars(value) for value in values if isinstance(value, PreTrainedConfig)}
+    before = [(fields, fields.get(_IMPLEMENTATION)) for fields in configs.values()]
+    flash = [(fields, name) for fields, name in before if "flash" in str(name)]
     try:
-        for key, config in flash:
-            config.__dict__[key] = "sdpa"
+        for fields, _ in flash:
+            fields[_IMPLEMENTATION] = "sdpa"
         with _Widening(dtype):
             yield
     finally:
-        for (key, config), value in flash.items():
-            config.__dict__[key] = value
+        for fields, name in flash:
+            fields[_IMPLEMENTATION] = name
 
 
 def is_narrow(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> bool:

@@ -212,7 +212,9 @@ def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]
         try:
             compare_models(slim, reloaded, inputs)
         except VerificationError as error:
-            raise VerificationError(f"The saved folder: {error} Nothing was saved.") from error
+            raise VerificationError(
+                f"The saved folder gives a model that computes something else. {error} Nothing was saved."
+            ) from error
 
 
 @contextmanager

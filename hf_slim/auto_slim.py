@@ -170,7 +170,7 @@ def model_slim(model: nn.Module, round_multiplier: int = 32, verify: bool | Mapp
             raise
         proof = None
         logger.warning(f"model_slim: it is not proven that the slimmed model computes the same. {error}")
-    unproven = remove_units(model, structures, masks, proof, "The model is as it was.")
+    unproven = remove_units(model, structures, masks, proof)
     if proof is not None and unproven:
         logger.warning(f"model_slim: {name_unproven(unproven)}")
     return model

@@ -55,11 +55,13 @@ class Cuts:
     Args:
         model: The model, as it is to be after `put_back`: weights, Parameter objects, gradients, attributes, classes
             and configs.
+        shared: Whether another model holds the same tensors, so that it takes no memory to keep them whole.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, shared: bool = False) -> None:
         """See the class."""
         self._model = model
+        self._shared = shared
         self._snapshot = Snapshot(model)
         self._cuts: list[_Cut] = []
 
@@ -89,7 +91,7 @@ class Cuts:
     def _keep(self, name: str, dims: dict[int, torch.Tensor], *, whole: bool) -> _Cut:
         tensor = get_tensor(self._model, name)
         values = read_tensor(self._model, name).detach()
-        if whole or len(dims) > 1 or not _is_alone(values):
+        if whole or self._shared or len(dims) > 1 or not _is_alone(values):
             return _Cut(name, tensor.shape, tensor.grad, values)
         ((dim, where),) = dims.items()
         keep = torch.ones(values.shape[dim], dtype=torch.bool, device="cpu")

@@ -75,7 +75,12 @@ class Proof:
             self.outputs = self._run(torch.float32)
 
     def remove(
-        self, structures: Sequence[Structure], masks: Masks, record: Callable[[], None], consequence: str
+        self,
+        structures: Sequence[Structure],
+        masks: Masks,
+        record: Callable[[], None],
+        *,
+        shared: bool = False,
     ) -> None:
         """Remove the units that masks drop, and compare.
 
@@ -83,13 +88,13 @@ class Proof:
             structures: The structures of the model.
             masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; what they drop is zero.
             record: Writes down the new shape.
-            consequence: The end of the message of an error.
+            shared: Whether another model holds the same tensors.
 
         Raises:
             VerificationError: If the outputs differ, or the model does not run any more.
             BaseException: What is raised meanwhile; the model is then as before.
         """
-        cuts = Cuts(self._model)
+        cuts = Cuts(self._model, shared=shared)
         computed = {torch.float32: self.outputs}
 
         def run_masked(dtype: torch.dtype) -> Outputs:
@@ -116,6 +121,7 @@ class Proof:
                 finally:
                     cuts.put_back()
                 message += f" {_name_blamed(names or [s.name for s in dropped])}"
+            consequence = "Nothing was saved." if shared else "The model is as it was."
             raise VerificationError(f"{message} {consequence}") from error.__cause__ or error
         except BaseException:
             cuts.put_back()
@@ -272,7 +278,7 @@ def find_removable(model: nn.Module, multiple: int) -> tuple[tuple[Structure, ..
 
 
 def remove_units(
-    model: nn.Module, structures: Sequence[Structure], masks: Masks, proof: Proof | None, consequence: str
+    model: nn.Module, structures: Sequence[Structure], masks: Masks, proof: Proof | None, *, is_copy: bool = False
 ) -> tuple[str, ...]:
     """Remove zero units from a model and prove that it computes the same; or leave it as it was.
 
@@ -281,7 +287,7 @@ def remove_units(
         structures: Its structures.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; what they drop is zero.
         proof: What it computes; None if nothing is to be proven.
-        consequence: The end of the message of an error.
+        is_copy: Whether another model holds the same tensors, and this one is to be saved.
 
     Returns:
         The names of the structures that have lost units without proof, since no input reached them, or there was none.
@@ -297,9 +303,9 @@ def remove_units(
 
     dropped = [s for s in structures if not masks[s.name].all()]
     if proof is not None and dropped:
-        proof.remove(structures, masks, record, consequence)
+        proof.remove(structures, masks, record, shared=is_copy)
         return proof.find_unproven(structures, masks)
-    cuts = Cuts(model)
+    cuts = Cuts(model, shared=is_copy)
     try:
         cuts.make(structures, masks)
         record()

@@ -113,7 +113,7 @@ def save_slimmed(
     def save(whole: nn.Module) -> SlimReport:
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
-            slim, report, inputs = _slim(slim, multiple, verify, live, batch)
+            slim, report, inputs = _slim(slim, multiple, verify, live, batch, is_copy=not own)
             _write_folder(target, slim, report, name, processing_class, inputs, _metrics(trainer), max_shard_size)
         if push_to_hub:
             _push(target, name, hub_kwargs)
@@ -124,7 +124,10 @@ def save_slimmed(
             raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
         gathered = gather_model(model)
         return run_in_first_process(lambda: save(gathered))  # type: ignore[arg-type]
-    report = save(model) if is_first_process() else _slim(model if own else _copy(model), multiple, verify=False)[1]
+    if is_first_process():
+        report = save(model)
+    else:
+        report = _slim(model if own else _copy(model), multiple, verify=False, is_copy=not own)[1]
     if inplace and not own:
         model_slim(model, multiple, verify=False)
     return report
@@ -135,14 +138,16 @@ def _slim(
     multiple: int,
     verify: bool | Mapping[str, Any],
     live: LiveUnits | None = None,
-    own: Mapping[str, Any] | None = None,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    is_copy: bool,
 ) -> tuple[nn.Module, SlimReport, list[Mapping[str, Any]]]:
     """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
-    proof = find_proof(slim, verify, own)
+    proof = find_proof(slim, verify, batch)
     slim, proof = merge_proven(slim, proof)
     before = _measure_before(slim, live)
     structures, masks = find_removable(slim, multiple)
-    unproven = remove_units(slim, structures, masks, proof, "Nothing was saved.")
+    unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
     report = SlimReport(
         before.parameters,
         count_parameters(slim),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import types as types_of
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig
 
 _NARROWER = {
@@ -44,7 +46,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for fields, _ in flash:
             fields[_IMPLEMENTATION] = "sdpa"
-        with _Widening(dtype):
+        with _Widening(dtype), _Matching(dtype):
             yield
     finally:
         for fields, name in flash:
@@ -114,7 +116,11 @@ class _Widening(TorchDispatchMode):
                 return value.to(narrow[0]) if is_wide else value
 
             return func(*tree_map(cast, args), **tree_map(cast, kwargs))
-        result = func(*tree_map(self._widen, args), **tree_map(self._widen, kwargs))
+        wide_args, wide_kwargs = tree_map(self._widen, args), tree_map(self._widen, kwargs)
+        if func is torch.ops.aten._grouped_mm.default and [value.dim() for value in args[:2]] == [2, 3]:
+            ends = wide_kwargs["offs"] if "offs" in kwargs else wide_args[2]
+            return _multiply_groups(wide_args[0], wide_args[1], ends)
+        result = func(*wide_args, **wide_kwargs)
         return result if written else tree_map(self._widen, result)
 
     def _is_narrow(self, value: Any) -> bool:
@@ -124,3 +130,44 @@ class _Widening(TorchDispatchMode):
         if self._is_narrow(value):
             return value.to(self._dtype)
         return self._dtype if isinstance(value, torch.dtype) and value in self._narrower else value
+
+
+class _Matching(TorchFunctionMode):
+    """Casts weights to the type of what they meet, for functions that compare types before they run any operation."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.full) and any(isinstance(value, float) for value in args):
+            return func(*args, **{"dtype": self._dtype, **kwargs})  # the least number of a type fits no narrower one
+        if isinstance(func, (types_of.BuiltinFunctionType, types_of.FunctionType)) and "out" not in kwargs:
+            values = tree_leaves((args, kwargs))
+            if any(isinstance(value, torch.Tensor) and value.dtype == self._dtype for value in values):
+                args, kwargs = tree_map(self._cast, args), tree_map(self._cast, kwargs)
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        is_narrow = isinstance(value, nn.Parameter) and type(value) in _PLAIN and value.dtype in _NARROWER[self._dtype]
+        return value.to(self._dtype) if is_narrow else value
+
+
+def _multiply_groups(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The grouped matrix product, whose kernels do not take every type.
+
+    Args:
+        rows: Shape `[rows, inputs]`, those of one group after those of the other.
+        weights: Shape `[groups, inputs, outputs]`.
+        ends: Where the rows of each group end.
+
+    Returns:
+        Shape `[rows, outputs]`; rows behind the last group give zeros.
+    """
+    result = rows.new_zeros((len(rows), weights.shape[-1]))
+    begin = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        result[begin:end] = rows[begin:end] @ weight
+        begin = end
+    return result

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import FAMILIES, build, half_masks, logits, make_batch
+from tiny import auto_class_of, build_tiny
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
@@ -466,6 +467,22 @@ def test_widened_is_exactly_the_model_in_float32(family, dtype):
     wide_batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
     assert torch.equal(got, logits(wide, wide_batch))
     assert torch.equal(compute_outputs(model, batch)["logits"], got)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["hubert", "squeezebert", "mixtral", "gpt_oss", "xglm", "vits", "mamba", "fnet"]
+)
+def test_widened_takes_kernels_of_every_kind(model_type):
+    """Convolutions and grouped products look at types before they run, and XGLM fills masks with the least number."""
+    model = build_tiny(model_type, auto_class_of(model_type))
+    inputs = make_inputs(model)
+    expected, double = compute_outputs(model, inputs), compute_outputs(model, inputs, torch.float64)
+    assert {value.dtype for value in double.values()} == {torch.float64}
+    for name, value in expected.items():
+        torch.testing.assert_close(value.double(), double[name], rtol=1e-3, atol=1e-3)
+    half = copy.deepcopy(model).bfloat16()
+    for name, value in compute_outputs(copy.deepcopy(half).float(), inputs).items():
+        assert torch.equal(compute_outputs(half, inputs)[name], value)
 
 
 def test_widened_reaches_what_the_code_casts_down():

@@ -62,8 +62,11 @@ def is_narrow(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -
         dtype: `torch.float32` or `torch.float64`.
 
     Returns:
-        True if a weight, a buffer or an input is of a narrower type, or accelerate runs the model in one.
+        True if a weight, a buffer or an input is of a narrower type, or accelerate runs the model in one. Always for
+        float64, since the code of many norms and softmaxes casts to float32.
     """
+    if dtype == torch.float64:
+        return True
     tensors = (*model.parameters(), *model.buffers(), *inputs.values())
     narrow = any(isinstance(tensor, torch.Tensor) and tensor.dtype in _NARROWER[dtype] for tensor in tensors)
     return narrow or any("_original_forward" in module.__dict__ for module in model.modules())

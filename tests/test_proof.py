@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import FAMILIES, build, half_masks, logits, make_batch
+from conftest import FAMILIES, STACK, TEXT, build, half_masks, logits, make_batch
 from tiny import auto_class_of, build_tiny
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -732,3 +732,16 @@ def test_what_only_the_data_shows_is_found(tmp_path):
     with pytest.raises(VerificationError, match="differs from the masked model's by .*Nothing was saved"):
         save_slimmed(trainer, tmp_path / "slim")
     assert not (tmp_path / "slim").exists()
+
+
+def test_norms_that_cast_to_float32_are_no_difference():
+    """A model in float64 is held to what float64 can do, also where its code goes through float32."""
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**TEXT, **STACK, num_key_value_heads=2)).double()
+    model = mask(model)
+    slim = copy.deepcopy(model)
+    batch = {"input_ids": torch.arange(5, 14)[None]}
+    model_slim(slim, 1, verify=False)
+    plain = (logits(model.eval(), batch) - logits(slim.eval(), batch)).abs().max()
+    assert plain > 1e-8 * logits(model, batch).abs().max()
+    compare_models(model, slim, batch)
+    assert len(find_structures(model_slim(model, 1)).structures) == 4

@@ -163,7 +163,9 @@ def _make_call(
     model: Any
     if verb == "compact":
         model = build_masked(case, arguments)
-        return lambda: find_structures(model), lambda: model_slim(model, slim_settings(case.sparsity).slim_round_to)
+        return lambda: find_structures(model), lambda: model_slim(
+            model, slim_settings(case.sparsity).slim_round_to, verify=False
+        )
     if verb == "load":
         return lambda: None, lambda: read_weights(load_model(case, Path(folder, which), arguments))
     model = build_model(case.config, arguments) if which == "dense" else build_slim(case, arguments)

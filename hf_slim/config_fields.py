@@ -63,13 +63,9 @@ def _write_record(model: PreTrainedModel, structures: Mapping[str, Structure]) -
         return
     owners = {path: owner for path, owner in find_owners(model).items() if find_record(owner.config) is not None}
     for express in (_express_by_fields, _express_by_layer):
-        copies: dict[int, Any] = {}
-        config = copy.deepcopy(model.config, copies)
         found = [(owner, express(owner, _inside(structures, path))) for path, owner in owners.items()]
         changes = [(owner, fields) for owner, fields in found if fields is not None]
-        for owner, fields in changes:
-            _set_fields(copies[id(owner.config)], fields)
-        if changes and _builds(config, model):
+        if changes and _builds(model, changes):
             for owner, fields in changes:
                 _express(owner, fields)
             return
@@ -167,10 +163,14 @@ def _units_before(owner: PreTrainedModel, name: str, structure: Structure) -> in
     return shape[output.dim] // output.index.shape[1]
 
 
-def _builds(config: PreTrainedConfig, model: PreTrainedModel) -> bool:
-    """Whether a model built from a config, as it is read back from its file, has the shapes and numbers of another."""
+def _builds(model: PreTrainedModel, changes: Sequence[tuple[PreTrainedModel, Mapping[str, Any]]]) -> bool:
+    """Whether its class builds a model's shapes and numbers from its config with other fields, as read from a file."""
     stock: Any = find_stock_class(model)
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
     try:
+        for owner, fields in changes:
+            _set_fields(copies[id(owner.config)], fields)
         with torch.device("meta"):
             built = stock(type(config).from_dict(config.to_dict()))
         modules = dict(built.named_modules())

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .media import SEED, Inputs, Taker, make_audio, make_images, make_noise, make_series, make_videos, walk_configs
 from .offloading import find_device
+from .snapshot import leaving
 
 LENGTH = 16
 RUN_ERRORS = (
@@ -105,21 +108,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode, without gradients and with the same random numbers every time.
 
     Args:
-        model: The model; its training mode and the state of the generators are restored afterwards.
+        model: The model; afterwards its training mode is restored, the state of the generators, and what else the
+            forward pass has changed: caches, counters, buffers.
 
     Yields:
         Nothing.
     """
-    training = {module: module.training for module in model.modules()}
-    device = find_device(model)
-    model.eval()
+    with leaving(model), torch.no_grad(), _seeded():
+        model.eval()
+        _run_plainly(model)
+        yield
+
+
+def _run_plainly(model: nn.Module) -> None:
+    """Let compiled modules run as they are written: to compile them for one batch would take longer than to run it."""
+    for module in model.modules():
+        module.__dict__.pop("_compiled_call_impl", None)
+        original = module._modules.get("_orig_mod")
+        if original is not None:
+            module.__dict__["forward"] = original.__call__
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Begin with the same random numbers every time, and go on with the old ones afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    states = random.getstate(), numpy.random.get_state()
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices):
             torch.manual_seed(SEED)
+            random.seed(SEED)
+            numpy.random.seed(SEED)
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def describe(inputs: Mapping[str, Any]) -> str:

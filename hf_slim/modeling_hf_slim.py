@@ -110,7 +110,7 @@ def find_base(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def mark_tensor(module: nn.Module, leaf: str) -> None:
     """Note the shape of a tensor that is about to become smaller, if it is the shape that its config gives it."""
-    module.__dict__.setdefault(DENSE_SHAPES, {}).setdefault(leaf, tuple(_find_tensor(module, leaf).shape))
+    _note(module, DENSE_SHAPES, leaf, tuple(_find_tensor(module, leaf).shape))
 
 
 def set_number(module: Any, name: str, value: Any) -> None:
@@ -121,8 +121,7 @@ def set_number(module: Any, name: str, value: Any) -> None:
         name: Name of the attribute, `config.` before it where it is the config's.
         value: Its new value.
     """
-    numbers = module.__dict__.setdefault(DENSE_NUMBERS, {})
-    numbers.setdefault(name, get_number(module, name))
+    _note(module, DENSE_NUMBERS, name, get_number(module, name))
     if not name.startswith(_CONFIG):
         setattr(module, name, value)
         return
@@ -260,11 +259,16 @@ def _cut(model: PreTrainedModel, module: nn.Module, leaf: str, shape: tuple[int,
             f"The shape record in {_where(model.config)} does not fit: it gives {type(module).__name__}.{leaf} the "
             f"shape {shape}, but the other fields make it {before}."
         )
-    module.__dict__.setdefault(DENSE_SHAPES, {}).setdefault(leaf, before)
+    _note(module, DENSE_SHAPES, leaf, before)
     data = tensor.data
     tensor.data = data.new_empty(shape) if data.is_meta else data[tuple(slice(0, size) for size in shape)].clone()
     if leaf == "weight":
         set_sizes(module)
+
+
+def _note(module: nn.Module, where: str, name: str, value: Any) -> None:
+    """Note what a config gives a module, once; a copy of the module keeps what it has noted."""
+    module.__dict__[where] = {name: value, **module.__dict__.get(where, {})}
 
 
 def _where(config: Any) -> str:

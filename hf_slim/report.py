@@ -41,6 +41,8 @@ class SlimReport:
         bytes_before: Bytes of the saved tensors before.
         bytes_after: Bytes of the saved tensors of the slimmed model.
         structures: The size of every structure, in the order of the model's modules.
+        unproven: Names of the structures that have lost units without proof that the model computes the same without
+            them, since the inputs of the comparison reach none of their layers, or nothing was compared.
     """
 
     parameters_before: int
@@ -48,9 +50,10 @@ class SlimReport:
     bytes_before: int
     bytes_after: int
     structures: tuple[StructureSize, ...]
+    unproven: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The totals, then a line for each structure."""
+        """The totals, then a line for each structure, then those that are not proven."""
         totals = [
             ("", "", "before", "after", "change"),
             (
@@ -72,7 +75,8 @@ class SlimReport:
             (size.name, size.kind, f"{size.before:,}", f"{size.after:,}", _change(size.before, size.after))
             for size in self.structures
         ]
-        return format_table([*totals, *sizes], left=2)
+        table = format_table([*totals, *sizes], left=2)
+        return f"{table}\nnot proven: {', '.join(self.unproven)}" if self.unproven else table
 
 
 def format_table(rows: list[tuple[str, ...]], *, left: int = 1) -> str:

@@ -17,25 +17,26 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .adapters import REMEDY, has_adapters, merge_adapters
+from .adapters import REMEDY, has_adapters
 from .arguments import SlimConfig
 from .auto_slim import model_slim
+from .batches import find_batch
 from .callback import SlimTrainerCallback
 from .containers import can_save, check_container, copy_model, save_container
 from .discovery import find_structures, require_structures
 from .folders import check_folder, replacing
 from .gathering import build_whole, gather_weights, is_first_process, is_spread, run_in_first_process
 from .hub import add_hub_fields, check_keywords, push_folder
-from .inputs import make_inputs
 from .live import LiveUnits, find_live
 from .model_card import write_model_card
 from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
+from .proof import check_verify, find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .record import find_pretrained, find_stock_class
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
 from .structures import Structure, count_left, get_tensor
-from .verification import VerificationError, compare_outputs, compute_outputs
+from .verification import VerificationError, compare_models
 
 logger = logging.get_logger(__name__)
 
@@ -66,9 +67,11 @@ def save_slimmed(
             and them by `save_pretrained`.
         output_dir: The folder.
         processing_class: Tokenizer or processor to save along; the trainer's own if it is not given.
-        verify: Check on inputs made from the config that the slimmed model gives what the masked model gave, and that
-            the saved folder gives the same weights again, bit for bit. A batch (keyword arguments of the forward pass,
-            also what a tokenizer or processor returns) is used instead of made inputs. False skips both checks.
+        verify: Check that the slimmed model gives what the masked model gave, and that the saved folder gives the same
+            weights again, bit for bit. The inputs are a few rows of the trainer's evaluation or training data; for a
+            bare model, and where the trainer's batches are not what the model takes, they are made from its config. A
+            batch (keyword arguments of the forward pass, also what a tokenizer or processor returns) is used instead.
+            False skips both checks.
         push_to_hub: Upload what was written, in one commit, which deletes what it replaces.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
         inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made.
@@ -110,12 +113,13 @@ def save_slimmed(
     target = run_in_first_process(lambda: check_folder(output_dir))
 
     live = find_live(model)
+    batch = find_batch(trainer, model) if trainer is not None and verify is True else None
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
 
     def save(whole: nn.Module) -> SlimReport:
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
-            slim, report, inputs = _slim(slim, multiple, verify, live)
+            slim, report, inputs = _slim(slim, multiple, verify, live, batch, is_copy=not own)
             metrics = _metrics(trainer)
             written = _write_folder(target, slim, report, name, processing_class, inputs, metrics, max_shard_size)
         if push_to_hub:
@@ -125,41 +129,40 @@ def save_slimmed(
     if not is_spread(model):
         report = run_in_first_process(lambda: save(model))
         if inplace and not (own and is_first_process()):
-            model_slim(model, multiple)
+            model_slim(model, multiple, verify=False)
         return report
     weights = gather_weights(model)
     return run_in_first_process(lambda: save(build_whole(model, weights)))
 
 
 def _slim(
-    slim: nn.Module, multiple: int, verify: bool | Mapping[str, Any], live: LiveUnits | None = None
-) -> tuple[nn.Module, SlimReport, list[dict[str, Any]]]:
+    slim: nn.Module,
+    multiple: int,
+    verify: bool | Mapping[str, Any],
+    live: LiveUnits | None = None,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    is_copy: bool,
+) -> tuple[nn.Module, SlimReport, list[Mapping[str, Any]]]:
     """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
-    parts = find_pretrained(slim)
-    inputs = _make_inputs(parts, verify)
-    expected = [compute_outputs(part, batch) for part, batch in zip(parts, inputs, strict=True)] if inputs else []
-    slim = merge_adapters(slim)
+    proof = find_proof(slim, verify, batch)
+    slim, proof = merge_proven(slim, proof)
     before = _measure_before(slim, live)
-    model_slim(slim, multiple)
-    for part, batch, wanted in zip(parts, inputs, expected, strict=False):
-        try:
-            actual = compute_outputs(part, batch)
-        except ValueError as error:
-            raise VerificationError(
-                f"The masked model runs, but the slimmed one does not, so a structure was taken for something that it "
-                f"is not. Nothing was saved. Leave it out with slim_exclude. {error.__cause__}"
-            ) from error
-        compare_outputs(wanted, actual)
+    structures, masks = find_removable(slim, multiple)
+    unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
     report = SlimReport(
         before.parameters,
         count_parameters(slim),
         before.bytes,
         count_bytes(slim),
         tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
+        unproven,
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
-    return slim, report, inputs
+    if proof is not None and unproven:
+        logger.warning(f"save_slimmed: {name_unproven(unproven)}")
+    return slim, report, list(proof.batches.values()) if proof is not None else []
 
 
 class _Before(NamedTuple):
@@ -187,7 +190,7 @@ def _write_folder(
     report: SlimReport,
     name: str,
     processing_class: Any,
-    inputs: list[dict[str, Any]],
+    inputs: list[Mapping[str, Any]],
     metrics: dict[str, float],
     max_shard_size: int | str | None,
 ) -> tuple[PurePosixPath, ...]:
@@ -208,7 +211,7 @@ def _write_folder(
     return new.written
 
 
-def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -> None:
+def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
     with _loaded(folder, slim) as reloaded:
         loaded = reloaded.state_dict()
@@ -217,8 +220,12 @@ def _check_reload(folder: Path, slim: PreTrainedModel, inputs: dict[str, Any]) -
                 raise VerificationError(
                     f"The saved folder gives another {key} than the slim model has. Nothing was saved."
                 )
-        expected, actual = compute_outputs(slim, inputs), compute_outputs(reloaded, inputs)
-        compare_outputs(expected, {name: value for name, value in actual.items() if name in expected})
+        try:
+            compare_models(slim, reloaded, inputs)
+        except VerificationError as error:
+            raise VerificationError(
+                f"The saved folder gives a model that computes something else. {error} Nothing was saved."
+            ) from error
 
 
 @contextmanager
@@ -241,10 +248,7 @@ def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_i
             raise ValueError(f"{name} must be True or False, got {value!r}.")
     if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
         raise ValueError(f"output_dir must be the path of a folder, got {output_dir!r}.")
-    if not isinstance(verify, (bool, Mapping)) or (isinstance(verify, Mapping) and not verify):
-        raise ValueError(f"verify must be True, False or a batch (a dict of the model's inputs), got {verify!r}.")
-    if isinstance(verify, Mapping) and not all(isinstance(name, str) for name in verify):
-        raise ValueError(f"verify: the inputs of a batch are named by strings, got {list(verify)}.")
+    check_verify(verify)
     if repo_id is not None and (not isinstance(repo_id, str) or not repo_id):
         raise ValueError(f"repo_id must be the name of a repository, got {repo_id!r}.")
     if processing_class is not None and not callable(getattr(processing_class, "save_pretrained", None)):
@@ -270,16 +274,6 @@ def _copy(model: nn.Module) -> nn.Module:
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
-
-
-def _make_inputs(parts: list[PreTrainedModel], verify: bool | Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A batch for each of the transformers models; none for none of them where nothing is to be verified."""
-    if not isinstance(verify, Mapping):
-        return [make_inputs(part) for part in parts] if verify else []
-    if len(parts) > 1:
-        names = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(f"verify: one batch cannot be for {len(parts)} models ({names}); pass True or False.")
-    return [dict(verify)]
 
 
 def _round_to(trainer: Trainer | None) -> int:

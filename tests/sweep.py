@@ -28,13 +28,17 @@ TIMEOUT = 120.0
 COMMAND = "python tests/sweep.py --write docs/architectures.md"
 PAGE = """# Supported architectures
 
-transformers {version}, every model type that an Auto class serves. Made by `{command}`, which builds a tiny model of
-each type, zeroes half of its units, slims it, and compares its outputs, its reloaded copy and its generated text with
-the masked model's.
+{meaning}
+
+That is for transformers {version} and every model type that an Auto class serves. The page is made by
+`{command}`, which builds a tiny model of each type, zeroes half of its units, slims it, and compares its outputs, its
+reloaded copy and its generated text with the masked model's: in float32, and where that differs, in float64.
 
 {summary}
 
-`slimmed` counts the structures of the tiny model; `-` means that the type has no such module of linear layers.
+`slimmed` counts the structures of the tiny model; `-` means that the type has no such module of linear layers. What is
+`not proven` are structures whose layers the made inputs do not call, so that no comparison says anything about them;
+`model_slim` and `save_slimmed` name them, and take a batch of yours that reaches them.
 
 | type | FFN | attention | note |
 | --- | --- | --- | --- |
@@ -101,6 +105,22 @@ def _receive(receiver: Connection, model_type: str) -> Verdict:
         return Verdict(model_type, error="the process crashed")
 
 
+def explain(verdicts: Sequence[Verdict]) -> str:
+    """What the figures mean for somebody who has a model of one of the types."""
+    slimmed = [v for v in verdicts if v.ran and any(v.kinds[kind].slimmed for kind in KINDS)]
+    exact = [v for v in slimmed if not v.wrong and not v.error]
+    text = (
+        f"A model of {len(exact)} of the {len([v for v in verdicts if v.ran])} types that could be tried is made "
+        "smaller and computes what it computed before."
+    )
+    others = [v.model_type for v in slimmed if v.wrong or v.error]
+    if others:
+        text += (
+            f" {', '.join(others)} did not pass: see the notes; `save_slimmed` and `model_slim` refuse such a model."
+        )
+    return f"{text} Modules that are skipped stay as they are, for the reason in the note, and the model stays right."
+
+
 def summarize(verdicts: Sequence[Verdict]) -> str:
     """The counts, a line each."""
     built, ran = [v for v in verdicts if v.built], [v for v in verdicts if v.ran]
@@ -113,10 +133,13 @@ def summarize(verdicts: Sequence[Verdict]) -> str:
             f"- {name}: {having} types have it, {states['slimmed']} slimmed ({share:.1f} %), {states['skipped']} "
             f"skipped with a reason, {states['not found']} not found"
         )
+    structures = sum(v.kinds[kind].slimmed for v in ran for kind in KINDS)
+    unproven = sum(len(v.unproven) for v in ran)
+    lines.append(f"- {structures} structures slimmed, {unproven} of them not proven, since no made input reaches them")
     for name, found in (
         ("slimmed models that compute something else", [v for v in verdicts if v.wrong]),
         ("errors", [v for v in verdicts if v.error]),
-        ("types with structures that the inputs do not reach", [v for v in verdicts if v.unreached]),
+        ("types with structures that no output depends on, with these inputs", [v for v in verdicts if v.unreached]),
         ("generations compared", [v for v in verdicts if v.generation.startswith("compared")]),
     ):
         lines.append(f"- {len(found)} {name}")
@@ -132,6 +155,7 @@ def write_page(verdicts: Sequence[Verdict], path: Path) -> None:
     text = PAGE.format(
         version=transformers.__version__,
         command=COMMAND,
+        meaning=explain(verdicts),
         summary=summarize(verdicts),
         rows="\n".join(rows),
         failed="\n".join(failed),
@@ -153,7 +177,9 @@ def _note(verdict: Verdict) -> str:
         reasons = Counter(_generalize(reason) for _, reason in verdict.kinds[kind].skipped)
         notes += [f"{name}, {number} skipped: {reason}" for reason, number in reasons.most_common(2)]
     notes += [f"reloading not compared: {verdict.not_reloaded}"] if verdict.not_reloaded else []
-    if verdict.unreached:
+    if verdict.unproven:
+        notes.append(f"{len(verdict.unproven)} not proven: {_generalize(verdict.unproven[0])}")
+    elif verdict.unreached:
         notes.append(f"{len(verdict.unreached)} not reached by the inputs: {_generalize(verdict.unreached[0])}")
     return "; ".join(notes)
 

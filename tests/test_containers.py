@@ -70,7 +70,7 @@ def test_any_module_that_saves_itself(tmp_path):
     torch.testing.assert_close(logits(loaded.model, batch), logits(holder.model, batch), atol=1e-5, rtol=1e-4)
     model_slim(holder)
     assert sum(p.numel() for p in holder.parameters()) == report.parameters_after
-    assert "slim" in holder.model.config.to_dict()
+    assert "hf_slim" in holder.model.config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from conftest import build, half_masks, logits, make_batch
 from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.masking import find_zero_units, zero_units
 from hf_slim.offloading import read_tensor
+from hf_slim.verification import VerificationError
 
 LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers"}
 
@@ -65,6 +66,29 @@ def test_an_offloaded_model_becomes_what_the_whole_one_becomes(name, tmp_path):
     offloaded.save_pretrained(tmp_path / "slim")
     loaded = type(model).from_pretrained(tmp_path / "slim")
     assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["record", "comparison"])
+def test_an_offloaded_model_is_put_back_where_it_was_kept(name, where, tmp_path, monkeypatch):
+    model, offloaded, _ = masked(name, tmp_path)
+    slim = model_slim(copy.deepcopy(model), 1)
+    batch = make_batch(model)
+    expected, before = logits(offloaded, batch), (tmp_path / "masked" / "model.safetensors").read_bytes()
+    parameters = dict(offloaded.named_parameters())
+    with monkeypatch.context() as patch:
+        if where == "record":
+            patch.setattr("hf_slim.proof.set_shape_record", lambda _: 1 / 0)
+        else:
+            patch.setattr("hf_slim.verification.TOLERANCES", {torch.float32: -1.0, torch.float64: -1.0})
+        with pytest.raises(ZeroDivisionError if where == "record" else VerificationError):
+            model_slim(offloaded, 1)
+    assert_same_weights(offloaded, model)
+    assert {p.is_meta for p in offloaded.parameters()} == {True, False}
+    assert all(p is parameters[key] for key, p in offloaded.named_parameters())
+    assert torch.equal(logits(offloaded, batch), expected)
+    assert (tmp_path / "masked" / "model.safetensors").read_bytes() == before
+    model_slim(offloaded, 1)
+    assert_same_weights(offloaded, slim)
 
 
 def test_zeroing_an_offloaded_model(name, tmp_path):

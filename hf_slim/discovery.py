@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .adapters import find_obstacle
@@ -26,6 +27,7 @@ from .layouts import (
     MhaLayout,
 )
 from .source import find_reads
+from .strangers import find_strange
 from .structures import (
     Discovery,
     Kind,
@@ -70,7 +72,7 @@ def find_structures(model: nn.Module) -> Discovery:
         for mha, roots in mha_layouts:
             if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:
-                    found = read_mha(path, module, mha)
+                    found = _refuse_strange(model, path, read_mha(path, module, mha))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "mha", str(reason)))
                     break
@@ -84,7 +86,7 @@ def find_structures(model: nn.Module) -> Discovery:
             if not roots.isdisjoint(children) and ffn.second not in taken and matches_ffn(module, ffn):
                 taken.add(ffn.second)
                 try:
-                    structures.append(read_ffn(path, module, ffn))
+                    structures.append(_refuse_strange(model, path, read_ffn(path, module, ffn)))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "ffn", str(reason)))
     structures += join_blocks(joint, skipped)
@@ -169,6 +171,13 @@ def _paths(structure: Structure) -> set[str]:
     return {".".join(path[start:]) for path in paths for start in range(len(path))}
 
 
+def _refuse_strange(model: nn.Module, path: str, structure: Structure) -> Structure:
+    reason = find_strange(model, path, structure)
+    if reason is not None:
+        raise UnaccountedError(reason)
+    return structure
+
+
 def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:
     """Whether the module that makes query, key and value is a whole attention module itself."""
     owner = find_child(module, owner_of(layout))
@@ -239,6 +248,12 @@ def _head_counts_read(module: nn.Module) -> dict[str, Any]:
     return {name: module.__dict__.get(name) for name in (reads.names or frozenset()) & set(QUERY_HEAD_COUNTS)}
 
 
+def _is_layer(module: nn.Module, name: str) -> bool:
+    """Whether a child is a layer, or would be one without what computes its weight."""
+    child = find_child(module, name)
+    return find_layer(module, name) is not None or (child is not None and is_parametrized(child))
+
+
 def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Skipped]:
     """The modules that are called attention or feed-forward networks and match no layout."""
     covered = {kind: {skip.name for skip in skipped if skip.kind == kind} for kind in _KINDS}
@@ -261,7 +276,7 @@ def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[S
         layers = [
             name
             for name, _ in module.named_modules()
-            if name and join(path, name) not in members and find_layer(module, name) is not None
+            if name and join(path, name) not in members and _is_layer(module, name)
         ]
         layers += [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
         if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered[kind] if name):

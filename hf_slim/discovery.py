@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
@@ -37,6 +38,8 @@ from .structures import (
     get_tensor,
 )
 
+_LARGEST = 8
+"""How many modules an error names."""
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
@@ -119,10 +122,7 @@ def require_structures(model: nn.Module, found: Discovery, kind: Kind | None = N
     what = {"ffn": "feed-forward network", "mha": "attention module", None: "structure"}[kind]
     skipped = [s for s in found.skipped if kind is None or s.kind == kind]
     reasons = "".join(f"\n  {s.name}: {s.reason}" for s in skipped)
-    classes = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-    looked = (
-        f"Skipped:{reasons}" if skipped else f"Looked at modules of the classes {classes}; none has a known layout"
-    )
+    looked = f"Skipped:{reasons}" if skipped else f"Nothing in it looks like one. {_describe_largest(model)}"
     raise ValueError(f"{type(model).__name__} has no {what} that can be slimmed. {looked}")
 
 
@@ -153,6 +153,19 @@ def exclude_structures(structures: Sequence[Structure], patterns: Iterable[str])
             )
         left = tuple(s for s in left if s not in matched)
     return left
+
+
+def _describe_largest(model: nn.Module) -> str:
+    """The names, classes and sizes of the largest modules that have parameters of their own."""
+    sizes = {
+        name: sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module._parameters.values() if p is not None)
+        for name, module in model.named_modules()
+    }
+    largest = sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name])[:_LARGEST]
+    if not largest:
+        return "It has no parameters at all."
+    rows = (f"\n  {name or 'itself'} ({type(find_child(model, name)).__name__}): {sizes[name]:,}" for name in largest)
+    return f"Its largest modules and their numbers of parameters:{''.join(rows)}"
 
 
 def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:

@@ -27,7 +27,7 @@ from .layouts import (
     QUERY_HEAD_COUNTS,
     MhaLayout,
 )
-from .source import find_reads
+from .source import find_mentioned, find_reads
 from .strangers import find_strange
 from .structures import (
     Discovery,
@@ -38,6 +38,7 @@ from .structures import (
     get_tensor,
 )
 
+_HEAD_COUNTS = frozenset((*CONFIG_HEADS, *QUERY_HEAD_COUNTS))
 _LARGEST = 8
 """How many modules an error names."""
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")
@@ -255,6 +256,8 @@ def _head_counts_read(module: nn.Module) -> dict[str, Any]:
 
     A model's own attribute may serve only what its config switches off, such as ALiBi.
     """
+    if find_mentioned(type(module)).isdisjoint(_HEAD_COUNTS):
+        return {}
     reads = find_reads(type(module))
     if isinstance(module, PreTrainedModel):
         return {f"config.{name}": get_field(module.config, name) for name in reads.config & set(CONFIG_HEADS)}

@@ -77,11 +77,20 @@ def find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
     if isinstance(function, nn.Module):
         if any(True for _ in function.parameters()):
             return None
-        key = (type(function), repr(function))
-        if key in _mixed and type(function).__module__.startswith(("torch.", "transformers.")):
-            return _mixed[key]
-        return _mixed.setdefault(key, _find_mixed(copy.deepcopy(function).eval()))
-    return _find_mixed(function)
+        known = type(function).__module__.startswith(("torch.", "transformers."))
+        key: Hashable = (type(function), repr(function)) if known else None
+        function = copy.deepcopy(function).eval()
+    else:
+        key = function if _is_plain_function(function) else None
+    if key is None:
+        return _find_mixed(function)
+    if key not in _mixed:
+        _mixed[key] = _find_mixed(function)
+    return _mixed[key]
+
+
+def _is_plain_function(value: Any) -> bool:
+    return inspect.isbuiltin(value) or (inspect.isfunction(value) and value.__closure__ is None)
 
 
 def _find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
@@ -343,7 +352,7 @@ def _describe(module: nn.Module, structure: Structure) -> Hashable | None:
                 parts.append(str(sorted(getattr(value, "__dict__", {}).items(), key=str)))
             elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
                 parts.append((name, value))
-            elif inspect.isbuiltin(value) or (inspect.isfunction(value) and value.__closure__ is None):
+            elif _is_plain_function(value):
                 parts.append((name, value))
             elif name not in _PLAIN:
                 return None

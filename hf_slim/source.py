@@ -9,7 +9,7 @@ import linecache
 import sys
 import textwrap
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from .widths import arguments_of, find_width, root_of, written_class
@@ -55,6 +55,34 @@ def find_reads(kind: type) -> Reads:
     """
     written: Any = written_class(kind)
     return _find_reads(written)
+
+
+@functools.cache
+def find_mentioned(kind: Any) -> frozenset[str]:
+    """The names of all attributes that the methods of a class mention, of `self` or of anything else.
+
+    They are in the compiled code, so that this costs much less than `find_reads`.
+
+    Args:
+        kind: The class, of a `torch.nn.Module`.
+
+    Returns:
+        The names.
+    """
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base is object or base.__module__.startswith(_GENERAL):
+            continue
+        codes = [
+            inspect.unwrap(value).__code__
+            for name, value in ((name, _function_of(value)) for name, value in vars(base).items())
+            if name not in _BUILDING and isinstance(inspect.unwrap(value), FunctionType)
+        ]
+        while codes:
+            code = codes.pop()
+            found.update(code.co_names)
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return frozenset(found)
 
 
 @functools.cache
@@ -105,7 +133,7 @@ def find_functions(kind: type) -> list[ast.FunctionDef]:
         TypeError: Likewise.
     """
     written = [
-        inspect.unwrap(value) for value in map(_function_of, vars(kind).values()) if isinstance(value, FunctionType)
+        inspect.unwrap(value) for value in map(_function_of, vars(kind).values()) if isinstance(inspect.unwrap(value), FunctionType)
     ]
     if any(function.__module__ != kind.__module__ for function in written) or not written:
         tree: ast.AST = _find_class(kind)

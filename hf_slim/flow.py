@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .axes import NARROW, UNKNOWN, Many, Plain, Size, Units, UnreadableError, glu
+from .attributes import get_field
 from .layers import find_child, find_layer, join
 from .layouts import HEAD_SIZES
 from .operations import apply_operation, shape_of
-from .probe import find_mixed
+from .probe import is_elementwise
 from .scope import Scope
 from .source import parse_function
 from .structures import Member, Structure, get_tensor
@@ -76,11 +79,11 @@ class _Flow:
         assert part is not None
         inside = [name for name in self.members if not path or name.startswith(f"{path}.")]
         tainted = is_tainted([*values, *named.values()])
-        if path in self.layers or (inside and find_layer(self.module, path) is not None):
+        if inside and find_layer(self.module, path) is not None:
             return self._call_layer(path, values)
         if not inside and not tainted:
             return Plain()
-        if not inside and isinstance(values[0], Units):
+        if not inside and values and isinstance(values[0], Units):
             if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
                 return apply_operation("layer_norm", [values[0], (Plain(),)], {}, self.widths)
             if isinstance(part, (nn.Softmax, nn.LogSoftmax)):
@@ -88,7 +91,7 @@ class _Flow:
             if type(part).__module__.startswith("torch.") and not any(True for _ in part.parameters()):
                 if isinstance(part, nn.GLU) and part.dim == -1:
                     return glu(values[0])
-                if len(values) == 1 and find_mixed(part) is None:
+                if len(values) == 1 and is_elementwise(part):
                     return values[0]
                 raise UnreadableError(f"{type(part).__name__} at {path} is no function of each element")
         if any(m.role == "norm" or m.role == "extra" for name in inside for m in self.members[name]) and values:
@@ -166,7 +169,7 @@ class _Flow:
     def _call_known(self, target: Any, values: list[Any], named: dict[str, Any]) -> Any:
         name = getattr(target, "__name__", "")
         everything = [*values, *named.values()]
-        children = [value for value in everything if isinstance(value, (Child, Bound))]
+        children = [value for value in everything if isinstance(value, (Child, Bound)) and not _is_config(value)]
         if name == "apply_chunking_to_forward":
             return self.call(values[0], values[3:], {})
         if name == "checkpoint":
@@ -174,7 +177,8 @@ class _Flow:
         if target in (isinstance, hasattr, type, callable, print):
             return Plain()
         if target is getattr:
-            return self.attribute(values[0], values[1].value) if isinstance(values[0], Child) else Plain()
+            is_own = isinstance(values[0], Child) or _is_config(values[0])
+            return self.attribute(values[0], values[1].value) if is_own else Plain()
         if target in (tuple, list) and values:
             return values[0]
         if isinstance(target, types.FunctionType) and not target.__module__.startswith("torch."):
@@ -185,7 +189,8 @@ class _Flow:
             raise UnreadableError(f"hands a module or a method to {name}")
         if not is_tainted(everything):
             numbers = [value.value for value in values if isinstance(value, Plain)]
-            if target in (max, min, int, float, len) and UNKNOWN not in numbers and not named:
+            is_number = target in (max, min, int, float) or getattr(target, "__module__", None) == "math"
+            if is_number and all(isinstance(number, (int, float)) for number in numbers) and not named:
                 return Plain(target(*numbers))
             return Plain()
         if target is len or (inspect.isbuiltin(target) and target.__module__ in ("math", "builtins")):
@@ -198,6 +203,8 @@ class _Flow:
             if not any(isinstance(value, (Units, tuple, list, Many)) for value in everything):
                 return Size()
             return apply_operation(name, values, named, self.widths)
+        if everything == values[:1] and values[0] == replace(values[0], axis=-1) and is_elementwise(target):
+            return values[0]
         raise UnreadableError(f"hands units to {name or target!r}, which cannot be read")
 
     def _call_function(self, function: types.FunctionType, values: list[Any], named: dict[str, Any]) -> Any:
@@ -221,6 +228,8 @@ class _Flow:
             return self._of_module(owner.path, name)
         if isinstance(owner, Known):
             return wrap(getattr(owner.object, name, None))
+        if isinstance(owner, Bound) and owner.name == "config":
+            return self._of_config(owner.owner.path, name)
         if isinstance(owner, Units):
             if name == "shape":
                 return shape_of(owner)
@@ -229,8 +238,10 @@ class _Flow:
             if name in ("mT", "T"):
                 return apply_operation("transpose", [owner, Plain(-1), Plain(-2)], {}, self.widths)
             return Bound(owner, name)
-        if isinstance(owner, (Plain, Size, list)):
-            return Bound(owner, name) if not isinstance(owner, Size) else owner
+        if isinstance(owner, Size):
+            return Plain() if name in ("dtype", "device") else owner
+        if isinstance(owner, (Plain, list)):
+            return Bound(owner, name)
         if isinstance(owner, tuple) and owner and all(isinstance(part, (Units, Plain)) for part in owner):
             return owner[0]  # of named results such as values and indices
         raise UnreadableError(f"reads {name} of what is not known")
@@ -246,7 +257,7 @@ class _Flow:
         if (path, name) in self.counts:
             return Size(part.__dict__.get(name, UNKNOWN))
         if name == "config":
-            return Bound(Child(path), "config")
+            return Bound(Child(path), name)
         if name not in part.__dict__:
             found = inspect.getattr_static(type(part), name, None)
             if isinstance(found, property):
@@ -256,6 +267,19 @@ class _Flow:
         if any(m.tensor.startswith(f"{path}.") for m in self.structure.members) and find_layer(self.module, path):
             return Size()  # a size of the layer
         return self._of_value(value)
+
+    def _of_config(self, path: str, name: str) -> Any:
+        config = self.module.get_submodule(path).__dict__.get("config")
+        if (path, f"config.{name}") in self.counts:
+            return Size(get_field(config, name))
+        value = getattr(config, name, None)
+        return Plain() if callable(value) else wrap(value)
+
+    def elements(self, owner: Child) -> list[Any]:
+        """The modules in a list of them."""
+        part = find_child(self.module, owner.path)
+        assert part is not None
+        return [Child(join(owner.path, name)) for name in part._modules]
 
     def _of_tensor(self, full: str, part: nn.Module) -> Any:
         members = self.members.get(full)
@@ -272,11 +296,20 @@ class _Flow:
         sizes = {self.structure.units} | {m.index.numel() for m in self.structure.members}
         if isinstance(value, torch.Tensor):
             return Size() if sizes & set(value.shape) else Plain()
-        if isinstance(value, (list, tuple, dict)):
-            return Size() if len(value) in sizes or any(isinstance(v, (torch.Tensor, list)) for v in value) else Plain()
-        if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
-            return Size()
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return Size() if len(value) in sizes or not all(_is_simple(part) for part in value) else Plain()
+        is_known = _is_simple(value) or callable(value) or isinstance(value, (types.ModuleType, PreTrainedConfig))
+        if not is_known:
+            return Size()  # it may hold anything
         return wrap(value)
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Bound) and value.name == "config"
 
 
 def _is_of_torch(target: Any, name: str) -> bool:

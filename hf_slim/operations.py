@@ -33,7 +33,9 @@ ELEMENTWISE = frozenset(
     "logical_not bool add_ sub_ mul_ div_ masked_fill_ clamp_ relu_ tanh_ sigmoid_ exp_ copy_ zero_ lerp addcmul "
     "addcdiv".split()
 )
-_ARITHMETIC = frozenset("add sub mul div true_divide add_ sub_ mul_ div_ where masked_fill minimum maximum lerp".split())
+_ARITHMETIC = frozenset(
+    "add sub mul div true_divide add_ sub_ mul_ div_ where masked_fill minimum maximum lerp".split()
+)
 _ALONG = frozenset("softmax log_softmax cumsum cumprod flip roll sort logcumsumexp softmin narrow".split())
 _REDUCING = frozenset("sum mean amax amin std var logsumexp prod norm all any argmax argmin".split())
 
@@ -149,7 +151,9 @@ def _einsum(values: Arguments) -> Any:
         raise UnreadableError("calls einsum in a way that is not known")
     left, _, output = equation.replace(" ", "").partition("->")
     letters = {
-        term[operand.axis] for term, operand in zip(left.split(","), operands, strict=True) if isinstance(operand, Units)
+        term[operand.axis]
+        for term, operand in zip(left.split(","), operands, strict=True)
+        if isinstance(operand, Units)
     }
     terms = left.split(",")
     plain = [term for term, operand in zip(terms, operands, strict=True) if not isinstance(operand, Units)]

@@ -24,7 +24,7 @@ _LIMIT = 50_000_000
 """Elements of a copy; one of a larger module gets so many units only."""
 _BATCH, _LENGTH = 2, 5
 _DTYPE = torch.float64
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-5
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATES = ("state", "residual", "input", "query", "key", "value", "context", "memory", "encod", "hidden")
 
@@ -74,9 +74,32 @@ def find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
     Returns:
         What it does otherwise, None if nothing or if it is not a function of a tensor alone.
     """
+    try:
+        return _judge(function)
+    except InconclusiveError:
+        return None
+
+
+def is_elementwise(function: Callable[[torch.Tensor], Any]) -> bool:
+    """Whether something is a function of each element of a tensor by itself, as far as its last dimension shows.
+
+    Args:
+        function: A module or a function; not changed.
+
+    Returns:
+        True if it can be called with a tensor and is one.
+    """
+    try:
+        return _judge(function) is None
+    except InconclusiveError:
+        return False
+
+
+def _judge(function: Callable[[torch.Tensor], Any]) -> str | None:
+    """What `find_mixed` finds, once for each activation that is known by more than its identity."""
     if isinstance(function, nn.Module):
         if any(True for _ in function.parameters()):
-            return None
+            raise InconclusiveError("it has parameters")
         known = type(function).__module__.startswith(("torch.", "transformers."))
         key: Hashable = (type(function), repr(function)) if known else None
         function = copy.deepcopy(function).eval()
@@ -103,10 +126,10 @@ def _find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
             before = function(values)
         with torch.no_grad(), _same_randomness():
             after = function(changed)
-    except Exception:  # it wants something else than one tensor
-        return None
+    except Exception as error:  # it wants something else than one tensor
+        raise InconclusiveError("it cannot be called with a tensor") from error
     if not isinstance(before, torch.Tensor):
-        return None
+        raise InconclusiveError("it gives no tensor")
     if before.shape != values.shape:
         return f"makes {tuple(before.shape)} of {tuple(values.shape)}"
     others = torch.arange(8, device="cpu") != 3
@@ -345,7 +368,9 @@ def _describe(module: nn.Module, structure: Structure) -> Hashable | None:
     """What the verdict depends on; None if that cannot be told, so that it is not kept."""
     parts: list[Hashable] = [structure.name, structure.units]
     for path, part in module.named_modules():
-        shapes = tuple((name, tuple(t.shape)) for name, t in (*part._parameters.items(), *part._buffers.items()) if t is not None)
+        shapes = tuple(
+            (name, tuple(t.shape)) for name, t in (*part._parameters.items(), *part._buffers.items()) if t is not None
+        )
         parts += [path, type(part), shapes]
         for name, value in part.__dict__.items():
             if name == "config":

@@ -8,8 +8,22 @@ import inspect
 import types
 from typing import Any, Protocol
 
-from .axes import UNKNOWN, Many, Plain, Size, Star, Units, Unknown, UnreadableError, align, combine, multiply, reduce, take
-from .values import Child, Conflict, Known, is_tainted, merge, wrap
+from .axes import (
+    UNKNOWN,
+    Many,
+    Plain,
+    Size,
+    Star,
+    Units,
+    Unknown,
+    UnreadableError,
+    align,
+    combine,
+    multiply,
+    reduce,
+    take,
+)
+from .values import Bound, Child, Conflict, Known, is_tainted, merge, wrap
 
 
 class Reader(Protocol):
@@ -20,6 +34,9 @@ class Reader(Protocol):
 
     def attribute(self, owner: Any, name: str) -> Any:
         """What an attribute of a value is."""
+
+    def elements(self, owner: Child) -> list[Any]:
+        """The modules in a list of them."""
 
 
 class Scope:
@@ -65,7 +82,9 @@ class Scope:
         arguments = self._tree.args
         names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
         defaults = dict(zip(reversed(names), reversed(arguments.defaults), strict=False))
-        defaults |= {a.arg: d for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None}
+        defaults |= {
+            a.arg: d for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None
+        }
         for name in [*names, *(argument.arg for argument in arguments.kwonlyargs)]:
             if values and name in names:
                 self._names[name] = values.pop(0)
@@ -127,7 +146,9 @@ class Scope:
             self._loop(node)
         elif isinstance(node, ast.With):
             return self._block(node.body)
-        elif not isinstance(node, (ast.Pass, ast.Assert, ast.Delete, ast.Import, ast.ImportFrom, ast.Continue, ast.Break)):
+        elif not isinstance(
+            node, (ast.Pass, ast.Assert, ast.Delete, ast.Import, ast.ImportFrom, ast.Continue, ast.Break)
+        ):
             raise UnreadableError(f"{type(node).__name__} cannot be read")
         return False
 
@@ -154,6 +175,8 @@ class Scope:
         passes: list[Any] = [None]
         if isinstance(node, ast.For):
             over = self._value(node.iter)
+            if isinstance(over, Child):
+                over = self._reader.elements(over)
             passes = list(over) if isinstance(over, (tuple, list)) else [_element(over)] * 2
         for element in passes:
             if isinstance(node, ast.For):
@@ -210,7 +233,8 @@ class Scope:
         return wrap(space[node.id])
 
     def _attribute(self, node: ast.Attribute) -> Any:
-        return self._reader.attribute(self._value(node.value), node.attr)
+        found = self._reader.attribute(self._value(node.value), node.attr)
+        return Plain() if isinstance(found, Bound) and isinstance(found.owner, Plain) else found
 
     def _tuple(self, node: ast.Tuple | ast.List) -> Any:
         parts: list[Any] = []
@@ -303,12 +327,10 @@ class Scope:
             return self._take_part(tuple(owner), index)
         if isinstance(owner, Many):
             return owner.value if not isinstance(index, ast.Slice) else owner
-        value = self._value(index) if not isinstance(index, ast.Slice) else Plain()
         if isinstance(owner, Known):
             return self._reader.attribute(owner, "__getitem__") if not isinstance(owner.object, dict) else Plain()
         if isinstance(owner, Child):
-            place = getattr(value, "value", None)
-            return self._reader.attribute(owner, str(place))
+            return self._reader.attribute(owner, str(getattr(self._value(index), "value", None)))
         parts = index.elts if isinstance(index, ast.Tuple) else [index]
         inner = [self._index(part) for part in parts]
         return Size() if isinstance(owner, Size) or is_tainted(inner) else Plain()
@@ -349,7 +371,10 @@ class Scope:
         if isinstance(node.func, ast.Attribute) and "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.func):
             eager = [value for value in values if isinstance(value, Known)]
             return eager[0] if eager else Plain()
-        function = self._value(node.func)
+        if isinstance(node.func, ast.Attribute):
+            function = self._reader.attribute(self._value(node.func.value), node.func.attr)
+        else:
+            function = self._value(node.func)
         if isinstance(function, Known) and not is_tainted([*values, *named.values()]):
             values = [value for value in values if not isinstance(value, Star)]
         return self._reader.call(function, values, named)

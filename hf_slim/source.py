@@ -133,7 +133,9 @@ def find_functions(kind: type) -> list[ast.FunctionDef]:
         TypeError: Likewise.
     """
     written = [
-        inspect.unwrap(value) for value in map(_function_of, vars(kind).values()) if isinstance(inspect.unwrap(value), FunctionType)
+        inspect.unwrap(value)
+        for value in map(_function_of, vars(kind).values())
+        if isinstance(inspect.unwrap(value), FunctionType)
     ]
     if any(function.__module__ != kind.__module__ for function in written) or not written:
         tree: ast.AST = _find_class(kind)

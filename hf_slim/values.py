@@ -63,8 +63,10 @@ def merge(one: Any, other: Any) -> Any:
     for value, second in ((one, other), (other, one)):
         if isinstance(value, Plain):
             return second if not isinstance(second, Plain) else Plain()
-        if isinstance(value, Units) and isinstance(second, Units) and replace(value, rank=None) == replace(
-            second, rank=None
+        if (
+            isinstance(value, Units)
+            and isinstance(second, Units)
+            and replace(value, rank=None) == replace(second, rank=None)
         ):
             return replace(value, rank=None)
         if isinstance(value, Known) and callable(value.object) and not isinstance(second, Units):

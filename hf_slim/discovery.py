@@ -256,9 +256,10 @@ def _head_counts_read(module: nn.Module) -> dict[str, Any]:
 
     A model's own attribute may serve only what its config switches off, such as ALiBi.
     """
-    if find_mentioned(type(module)).isdisjoint(_HEAD_COUNTS):
+    kind: Any = type(module)
+    if find_mentioned(kind).isdisjoint(_HEAD_COUNTS):
         return {}
-    reads = find_reads(type(module))
+    reads = find_reads(kind)
     if isinstance(module, PreTrainedModel):
         return {f"config.{name}": get_field(module.config, name) for name in reads.config & set(CONFIG_HEADS)}
     return {name: module.__dict__.get(name) for name in (reads.names or frozenset()) & set(QUERY_HEAD_COUNTS)}

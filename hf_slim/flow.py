@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .axes import NARROW, UNKNOWN, Many, Plain, Size, Units, UnreadableError, glu
+from .activations import is_elementwise
 from .attributes import get_field
+from .axes import NARROW, UNKNOWN, Many, Plain, Size, Units, UnreadableError, glu
 from .layers import find_child, find_layer, join
 from .layouts import HEAD_SIZES
 from .operations import apply_operation, shape_of
-from .probe import is_elementwise
 from .scope import Scope
 from .source import parse_function
 from .structures import Member, Structure, get_tensor

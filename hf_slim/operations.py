@@ -26,12 +26,12 @@ from .axes import (
 )
 
 ELEMENTWISE = frozenset(
-    "abs add sub mul div true_divide rsub neg pow square sqrt rsqrt exp expm1 log log1p sin cos tanh sigmoid relu relu6 "
-    "gelu silu mish elu selu celu leaky_relu softplus softsign logsigmoid hardswish hardsigmoid hardtanh erf clamp clip "
-    "minimum maximum where masked_fill dropout alpha_dropout to type type_as float half bfloat16 double contiguous "
-    "clone detach nan_to_num requires_grad_ reciprocal sign round isnan isinf ge gt le lt eq ne logical_and logical_or "
-    "logical_not bool add_ sub_ mul_ div_ masked_fill_ clamp_ relu_ tanh_ sigmoid_ exp_ copy_ zero_ lerp addcmul "
-    "addcdiv".split()
+    "abs add sub mul div true_divide rsub neg pow square sqrt rsqrt exp expm1 log log1p sin cos tanh sigmoid relu "
+    "relu6 gelu silu mish elu selu celu leaky_relu softplus softsign logsigmoid hardswish hardsigmoid hardtanh "
+    "erf clamp clip minimum maximum where masked_fill dropout alpha_dropout to type type_as float half bfloat16 "
+    "double contiguous clone detach nan_to_num requires_grad_ reciprocal sign round isnan isinf ge gt le lt eq ne "
+    "logical_and logical_or logical_not bool add_ sub_ mul_ div_ masked_fill_ clamp_ relu_ tanh_ sigmoid_ exp_ "
+    "copy_ zero_ lerp addcmul addcdiv".split()
 )
 _ARITHMETIC = frozenset(
     "add sub mul div true_divide add_ sub_ mul_ div_ where masked_fill minimum maximum lerp".split()

@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .activations import InconclusiveError, calm, is_plain_function
 from .attributes import set_count
 from .layers import sizes_of
 from .structures import Structure, get_module, get_tensor
@@ -31,11 +31,6 @@ _STATES = ("state", "residual", "input", "query", "key", "value", "context", "me
 _PLAIN = frozenset(nn.Module().__dict__)
 
 _proven: dict[Hashable, str | None] = {}
-_mixed: dict[Hashable, str | None] = {}
-
-
-class InconclusiveError(Exception):
-    """A module cannot be called on hidden states alone, so that numbers say nothing about it."""
 
 
 def probe_module(module: nn.Module, structure: Structure) -> str | None:
@@ -63,89 +58,6 @@ def probe_module(module: nn.Module, structure: Structure) -> str | None:
     if key is not None:
         _proven[key] = found
     return found
-
-
-def find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
-    """Find out whether an activation is a function of each element by itself.
-
-    Args:
-        function: A module or a function; not changed.
-
-    Returns:
-        What it does otherwise, None if nothing or if it is not a function of a tensor alone.
-    """
-    try:
-        return _judge(function)
-    except InconclusiveError:
-        return None
-
-
-def is_elementwise(function: Callable[[torch.Tensor], Any]) -> bool:
-    """Whether something is a function of each element of a tensor by itself, as far as its last dimension shows.
-
-    Args:
-        function: A module or a function; not changed.
-
-    Returns:
-        True if it can be called with a tensor and is one.
-    """
-    try:
-        return _judge(function) is None
-    except InconclusiveError:
-        return False
-
-
-def _judge(function: Callable[[torch.Tensor], Any]) -> str | None:
-    """What `find_mixed` finds, once for each activation that is known by more than its identity."""
-    if isinstance(function, nn.Module):
-        if any(True for _ in function.parameters()):
-            raise InconclusiveError("it has parameters")
-        known = type(function).__module__.startswith(("torch.", "transformers."))
-        key: Hashable = (type(function), repr(function)) if known else None
-        function = copy.deepcopy(function).eval()
-    else:
-        key = function if _is_plain_function(function) else None
-    if key is None:
-        return _find_mixed(function)
-    if key not in _mixed:
-        _mixed[key] = _find_mixed(function)
-    return _mixed[key]
-
-
-def _is_plain_function(value: Any) -> bool:
-    return inspect.isbuiltin(value) or (inspect.isfunction(value) and value.__closure__ is None)
-
-
-def _find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
-    generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(4, 6, 8, generator=generator, device="cpu", dtype=_DTYPE)
-    changed = values.clone()
-    changed[..., 3] += 1
-    try:
-        with torch.no_grad(), _same_randomness():
-            before = function(values)
-        with torch.no_grad(), _same_randomness():
-            after = function(changed)
-    except Exception as error:  # it wants something else than one tensor
-        raise InconclusiveError("it cannot be called with a tensor") from error
-    if not isinstance(before, torch.Tensor):
-        raise InconclusiveError("it gives no tensor")
-    if before.shape != values.shape:
-        return f"makes {tuple(before.shape)} of {tuple(values.shape)}"
-    others = torch.arange(8, device="cpu") != 3
-    return None if torch.equal(before[..., others], after[..., others]) else "makes channels depend on one another"
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    """The same random numbers on the CPU each time, and those of everybody else afterwards as if nothing had been."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(0)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.default_generator.set_state(state)
 
 
 def _probe(module: nn.Module, structure: Structure) -> str | None:
@@ -312,7 +224,7 @@ class _Run:
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> torch.Tensor:
         """The first tensor of what it gives, that of the inputs' shape before others."""
-        with _same_randomness():
+        with calm():
             output = module(*copy.deepcopy(self._positional), **copy.deepcopy(self._named))
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
         alike = [tensor for tensor in tensors if tensor.shape == self._positional[0].shape]
@@ -371,13 +283,13 @@ def _describe(module: nn.Module, structure: Structure) -> Hashable | None:
         shapes = tuple(
             (name, tuple(t.shape)) for name, t in (*part._parameters.items(), *part._buffers.items()) if t is not None
         )
-        parts += [path, type(part), shapes]
+        parts += (path, type(part), shapes)  # type: ignore[arg-type]
         for name, value in part.__dict__.items():
             if name == "config":
                 parts.append(str(sorted(getattr(value, "__dict__", {}).items(), key=str)))
             elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
                 parts.append((name, value))
-            elif _is_plain_function(value):
+            elif is_plain_function(value):
                 parts.append((name, value))
             elif name not in _PLAIN:
                 return None

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .flow import UnreadableError, read_flow
+from .activations import InconclusiveError, find_mixed
+from .axes import UnreadableError
+from .flow import read_flow
 from .layers import find_child, join
-from .probe import InconclusiveError, find_mixed, probe_module, relative
+from .probe import probe_module, relative
 from .structures import Structure
 from .widths import written_class
 
@@ -69,7 +71,8 @@ def _parts(module: nn.Module, structure: Structure) -> Iterator[tuple[str, nn.Mo
 
 def _is_known(module: nn.Module) -> bool:
     replaced = module.__dict__.get("forward")
-    return _is_known_class(type(module)) and (replaced is None or _is_known_code(replaced))
+    kind: Any = type(module)
+    return _is_known_class(kind) and (replaced is None or _is_known_code(replaced))
 
 
 @functools.cache

@@ -37,6 +37,14 @@ class Conflict:
 
 
 def wrap(value: Any) -> Any:
+    """What an object of Python, which is no tensor, is for the code that is read.
+
+    Args:
+        value: The object.
+
+    Returns:
+        A number, a name or nothing with its value; functions, classes and modules as they are; of others nothing.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return Plain(value)
     if callable(value) or isinstance(value, types.ModuleType):
@@ -45,7 +53,14 @@ def wrap(value: Any) -> Any:
 
 
 def is_tainted(values: Any) -> bool:
-    """Whether something among values depends on units, or on how many there are."""
+    """Whether something among values depends on units, or on how many there are.
+
+    Args:
+        values: Some values, in tuples perhaps.
+
+    Returns:
+        True if one does.
+    """
     return any(
         isinstance(value, (Units, Size, Conflict))
         or (isinstance(value, (tuple, list)) and is_tainted(value))
@@ -55,7 +70,15 @@ def is_tainted(values: Any) -> bool:
 
 
 def merge(one: Any, other: Any) -> Any:
-    """What a name means after two branches."""
+    """What a name means after two branches.
+
+    Args:
+        one: What it means after the first.
+        other: What it means after the second.
+
+    Returns:
+        What both have in common, or that they have nothing.
+    """
     if one == other:
         return one
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):

@@ -119,6 +119,8 @@ class MlpActivationFunction(Mlp):
 @odd
 class MlpOwnActivation(Mlp):
     class Act(nn.Module):
+        """A gain that depends on all channels."""
+
         def forward(self, h):
             return F.gelu(h) * h.abs().amax(-1, keepdim=True)
 
@@ -363,6 +365,8 @@ class MlpHooked(Mlp):
 @odd
 class MlpOwnLinear(Mlp):
     class Linear(nn.Linear):
+        """A layer that takes the mean of its inputs away."""
+
         def forward(self, x):
             return super().forward(x - x.mean(-1, keepdim=True))
 

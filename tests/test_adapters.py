@@ -356,6 +356,7 @@ class Kept(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Nothing but what making a parameter asks for."""
         if func is torch.ops.aten.detach.default:
             return cls(args[0].values)
         raise NotImplementedError(str(func))

@@ -49,12 +49,10 @@ def find_strange(model: nn.Module, path: str, structure: Structure) -> str | Non
     try:
         return probe_module(module, relative(structure, path))
     except InconclusiveError as reason:
-        if mixed is not None:
-            return mixed
         try:
             read_flow(module, relative(structure, path))
         except UnreadableError as unread:
-            return f"{reason}, and {unread}"
+            return mixed or f"{reason}, and {unread}"
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -83,6 +84,12 @@ def _find_reasons(model: nn.Module, path: str) -> Iterator[str]:
                 f"the weight of {path} is {weight.dtype} of shape {tuple(weight.shape)} instead of floating-point "
                 f"numbers of shape {shape}, as after quantization: slim the model before"
             )
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not _is_plain(parameter):
+            yield (
+                f"{join(path, name)} is kept as {type(parameter).__name__}, a kind of tensor of its own, as after "
+                "quantization: slim the model before"
+            )
     for kind in _adapter_types(module):
         if kind != _LOW_RANK_TYPE:
             yield f"the model has adapters of the type {kind}, and no layout says how they depend on the units"
@@ -97,6 +104,14 @@ def _find_reasons(model: nn.Module, path: str) -> Iterator[str]:
     for name, _ in tensors_outside(module, (BASE,)):
         if join(path, name) not in known:
             yield f"{join(path, name)} changes what {path}.{BASE} computes, and no layout says how"
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds its numbers as they are: by itself, or a part of them in each process."""
+    kind = type(parameter)
+    if kind.__module__.startswith(("torch.distributed.", "torch._subclasses.")):
+        return True
+    return nn.Parameter in kind.__mro__ and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _adapter_types(module: nn.Module) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .adapters import find_obstacle
@@ -25,7 +27,8 @@ from .layouts import (
     QUERY_HEAD_COUNTS,
     MhaLayout,
 )
-from .source import find_reads
+from .source import find_mentioned, find_reads
+from .strangers import find_strange
 from .structures import (
     Discovery,
     Kind,
@@ -35,6 +38,9 @@ from .structures import (
     get_tensor,
 )
 
+_HEAD_COUNTS = frozenset((*CONFIG_HEADS, *QUERY_HEAD_COUNTS))
+_LARGEST = 8
+"""How many modules an error names."""
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")
 _CALLED = re.compile(r"Attention|Attn|MLP|Mlp|FeedForward|FFN|Expert")
 
@@ -70,7 +76,7 @@ def find_structures(model: nn.Module) -> Discovery:
         for mha, roots in mha_layouts:
             if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
                 try:
-                    found = read_mha(path, module, mha)
+                    found = _refuse_strange(model, path, read_mha(path, module, mha))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "mha", str(reason)))
                     break
@@ -84,7 +90,7 @@ def find_structures(model: nn.Module) -> Discovery:
             if not roots.isdisjoint(children) and ffn.second not in taken and matches_ffn(module, ffn):
                 taken.add(ffn.second)
                 try:
-                    structures.append(read_ffn(path, module, ffn))
+                    structures.append(_refuse_strange(model, path, read_ffn(path, module, ffn)))
                 except UnaccountedError as reason:
                     skipped.append(Skipped(path, "ffn", str(reason)))
     structures += join_blocks(joint, skipped)
@@ -117,10 +123,7 @@ def require_structures(model: nn.Module, found: Discovery, kind: Kind | None = N
     what = {"ffn": "feed-forward network", "mha": "attention module", None: "structure"}[kind]
     skipped = [s for s in found.skipped if kind is None or s.kind == kind]
     reasons = "".join(f"\n  {s.name}: {s.reason}" for s in skipped)
-    classes = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-    looked = (
-        f"Skipped:{reasons}" if skipped else f"Looked at modules of the classes {classes}; none has a known layout"
-    )
+    looked = f"Skipped:{reasons}" if skipped else f"Nothing in it looks like one. {_describe_largest(model)}"
     raise ValueError(f"{type(model).__name__} has no {what} that can be slimmed. {looked}")
 
 
@@ -153,6 +156,19 @@ def exclude_structures(structures: Sequence[Structure], patterns: Iterable[str])
     return left
 
 
+def _describe_largest(model: nn.Module) -> str:
+    """The names, classes and sizes of the largest modules that have parameters of their own."""
+    sizes = {
+        name: sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module._parameters.values() if p is not None)
+        for name, module in model.named_modules()
+    }
+    largest = sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name])[:_LARGEST]
+    if not largest:
+        return "It has no parameters at all."
+    rows = (f"\n  {name or 'itself'} ({type(find_child(model, name)).__name__}): {sizes[name]:,}" for name in largest)
+    return f"Its largest modules and their numbers of parameters:{''.join(rows)}"
+
+
 def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
     tests = [re.compile(fnmatch.translate(pattern))]
     with contextlib.suppress(re.error):
@@ -167,6 +183,13 @@ def _paths(structure: Structure) -> set[str]:
         parts = tuple(member.tensor.split(".")[:-1])
         paths.update(parts[:end] for end in range(1, len(parts) + 1))
     return {".".join(path[start:]) for path in paths for start in range(len(path))}
+
+
+def _refuse_strange(model: nn.Module, path: str, structure: Structure) -> Structure:
+    reason = find_strange(model, path, structure)
+    if reason is not None:
+        raise UnaccountedError(reason)
+    return structure
 
 
 def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:
@@ -233,10 +256,19 @@ def _head_counts_read(module: nn.Module) -> dict[str, Any]:
 
     A model's own attribute may serve only what its config switches off, such as ALiBi.
     """
-    reads = find_reads(type(module))
+    kind: Any = type(module)
+    if find_mentioned(kind).isdisjoint(_HEAD_COUNTS):
+        return {}
+    reads = find_reads(kind)
     if isinstance(module, PreTrainedModel):
         return {f"config.{name}": get_field(module.config, name) for name in reads.config & set(CONFIG_HEADS)}
     return {name: module.__dict__.get(name) for name in (reads.names or frozenset()) & set(QUERY_HEAD_COUNTS)}
+
+
+def _is_layer(module: nn.Module, name: str) -> bool:
+    """Whether a child is a layer, or would be one without what computes its weight."""
+    child = find_child(module, name)
+    return find_layer(module, name) is not None or (child is not None and is_parametrized(child))
 
 
 def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Skipped]:
@@ -261,7 +293,7 @@ def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[S
         layers = [
             name
             for name, _ in module.named_modules()
-            if name and join(path, name) not in members and find_layer(module, name) is not None
+            if name and join(path, name) not in members and _is_layer(module, name)
         ]
         layers += [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
         if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered[kind] if name):

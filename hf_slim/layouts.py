@@ -204,6 +204,7 @@ SHARED_TABLES = {
     "relative_attention_bias.weight": 1,
     "position_bias.relative_attention_bias": 1,
     "relative_position_bias.relative_position_bias_table": 1,
+    "shared_position_bias.relative_position_bias_table": 1,
     "rel_pos_bias.weight": 0,
     "rel_pos_x_bias.weight": 0,
     "rel_pos_y_bias.weight": 0,

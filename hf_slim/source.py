@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import sys
+import textwrap
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 from .modeling_hf_slim import arguments_of, find_width, root_of, written_class
@@ -55,6 +58,34 @@ def find_reads(kind: type) -> Reads:
 
 
 @functools.cache
+def find_mentioned(kind: Any) -> frozenset[str]:
+    """The names of all attributes that the methods of a class mention, of `self` or of anything else.
+
+    They are in the compiled code, so that this costs much less than `find_reads`.
+
+    Args:
+        kind: The class, of a `torch.nn.Module`.
+
+    Returns:
+        The names.
+    """
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base is object or base.__module__.startswith(_GENERAL):
+            continue
+        codes = [
+            inspect.unwrap(value).__code__
+            for name, value in ((name, _function_of(value)) for name, value in vars(base).items())
+            if name not in _BUILDING and isinstance(inspect.unwrap(value), FunctionType)
+        ]
+        while codes:
+            code = codes.pop()
+            found.update(code.co_names)
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return frozenset(found)
+
+
+@functools.cache
 def _find_reads(kind: Any) -> Reads:
     names: set[str] | None = set()
     config: set[str] = set()
@@ -66,13 +97,11 @@ def _find_reads(kind: Any) -> Reads:
         if base is object or base.__module__.startswith(_GENERAL):
             continue
         try:
-            tree = _find_class(base)
+            functions = find_functions(base)
         except (OSError, TypeError):  # a class made at run time, around another one or with code of its own
             names = None if "forward" in vars(base) else names
             continue
-        for function in ast.walk(tree):
-            if not isinstance(function, ast.FunctionDef) or function.name in _BUILDING:
-                continue
+        for function in functions:
             reads, stores, called = _walk(function)
             for name, chain in reads:
                 if name.startswith("config."):
@@ -88,6 +117,75 @@ def _find_reads(kind: Any) -> Reads:
     arguments = tuple(inspect.signature(kind.forward).parameters)
     read = None if names is None else frozenset(names)
     return Reads(read, frozenset(config), frozenset(used), frozenset(replaced), frozenset(calls), arguments, width)
+
+
+def find_functions(kind: type) -> list[ast.FunctionDef]:
+    """The syntax trees of a class's own functions, those aside that build it, with the functions inside them.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        The trees.
+
+    Raises:
+        OSError: If the source cannot be had.
+        TypeError: Likewise.
+    """
+    written = [
+        inspect.unwrap(value)
+        for value in map(_function_of, vars(kind).values())
+        if isinstance(inspect.unwrap(value), FunctionType)
+    ]
+    if any(function.__module__ != kind.__module__ for function in written) or not written:
+        tree: ast.AST = _find_class(kind)
+        trees = [node for node in ast.iter_child_nodes(tree)]
+    else:
+        trees = [parse_function(function) for function in written if function.__name__ not in _BUILDING]
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name not in _BUILDING]
+
+
+@functools.cache
+def parse_function(function: FunctionType) -> ast.FunctionDef:
+    """The syntax tree of a function, from its own lines alone.
+
+    Args:
+        function: The function, unwrapped.
+
+    Returns:
+        The tree.
+
+    Raises:
+        OSError: If the source cannot be had.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(_lines_of(function))).body[0]
+    except SyntaxError:  # its lines end otherwise than thought
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    if not isinstance(tree, ast.FunctionDef):
+        raise OSError(f"{function.__qualname__} is not written as a function")
+    return tree
+
+
+def _lines_of(function: FunctionType) -> str:
+    """A function's source: from its first line to the next line that is not further in."""
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    begin = code.co_firstlineno - 1
+    if begin >= len(lines):
+        raise OSError(f"there is no source of {function.__qualname__}")
+    indent = len(lines[begin]) - len(lines[begin].lstrip())
+    end = max(line for _, _, line in code.co_lines() if line is not None)
+    while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
+        end += 1
+    return "".join(lines[begin:end])
+
+
+def _function_of(value: Any) -> Any:
+    """The function inside a property, a static method or the like."""
+    inner = getattr(value, "fget", None) or getattr(value, "__func__", None)
+    return value if inner is None else inner
 
 
 def _find_class(kind: type) -> ast.ClassDef:

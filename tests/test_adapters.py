@@ -342,3 +342,44 @@ def _keys(folder):
 
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return list(file.keys())
+
+
+class Kept(torch.Tensor):
+    """A weight of another kind, as quantization leaves it."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Nothing but what making a parameter asks for."""
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(str(func))
+
+
+def test_weights_of_another_kind_are_skipped():
+    model = build("bert")
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    layer.weight = torch.nn.Parameter(Kept(layer.weight.detach()), requires_grad=False)
+    found = find_structures(model)
+    assert [s.name.split(".")[3] for s in found.of_kind("ffn")] == ["1"] and len(found.of_kind("mha")) == 2
+    (skipped,) = found.skipped
+    assert skipped.reason == (
+        "bert.encoder.layer.0.intermediate.dense.weight is kept as Kept, a kind of tensor of its own, as after "
+        "quantization: slim the model before"
+    )
+
+
+def test_parameters_of_a_class_of_their_own_are_plain():
+    class Marked(torch.nn.Parameter):
+        pass
+
+    model = build("bert")
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    layer.weight = Marked(layer.weight.detach())
+    assert not find_structures(model).skipped

@@ -145,10 +145,16 @@ def test_width_equal_to_the_channels_is_no_obstacle():
     assert len(find_structures(build("opt", ffn_dim=32)).of_kind("ffn")) == 2
 
 
-def test_nothing_to_slim_lists_what_was_looked_at():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    with pytest.raises(ValueError, match="Sequential has no structure.*classes Linear, ReLU, Sequential"):
+def test_nothing_to_slim_names_the_largest_modules():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.ModuleDict({"table": nn.Embedding(1000, 7)}))
+    with pytest.raises(ValueError) as caught:
         require_structures(model, find_structures(model))
+    assert str(caught.value) == (
+        "Sequential has no structure that can be slimmed. Nothing in it looks like one. Its largest modules and their "
+        "numbers of parameters:\n  2.table (Embedding): 7,000\n  0 (Linear): 12"
+    )
+    with pytest.raises(ValueError, match="has no attention module that can be slimmed.*It has no parameters at all"):
+        require_structures(nn.ReLU(), find_structures(nn.ReLU()), "mha")
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ def test_a_wrong_layout_is_refused_and_nothing_written(tmp_path, monkeypatch):
         "hf_slim.discovery.FFN_LAYOUTS", (*hf_slim.layouts.FFN_LAYOUTS, FfnLayout(("inner",), "outer"))
     )
 
+    monkeypatch.setattr("hf_slim.discovery.find_strange", lambda model, path, structure: None)
+
     class Odd(transformers.LlamaForCausalLM):
         def __init__(self, config):
             super().__init__(config)

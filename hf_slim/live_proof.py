@@ -1,0 +1,294 @@
+"""Compaction in the middle of a training that proves itself on the batch at hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import is_compiled_module
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from .captured import Call
+from .compaction import compact_model
+from .cuttings import Cuttings
+from .inputs import RUN_ERRORS, evaluating
+from .masking import zero_units
+from .offloading import find_device
+from .structures import Masks, Structure, get_module
+from .verification import VerificationError, _tensors, compare_outputs
+
+_BLOCK = 1 << 22
+"""Values of an output that are compared at once, since a comparison makes several copies of them in float64."""
+
+
+class Proof(NamedTuple):
+    """What a compaction left.
+
+    Args:
+        structures: The structures as they are now, in the order that was given.
+        reached: Names of those of their output weights that took part in the forward pass.
+        gap: Why nothing was compared, None if it was.
+    """
+
+    structures: list[Structure]
+    reached: frozenset[str]
+    gap: str | None = None
+
+
+class Unproven(RuntimeError):
+    """The masked model gives nothing to compare with."""
+
+
+def compact_proven(
+    model: nn.Module, structures: Sequence[Structure], masks: Masks, optimizer: Any, calls: Sequence[Call]
+) -> Proof:
+    """Remove the units that masks drop, if the model computes the same without them as with zeros in their place.
+
+    Both are run on the batch in evaluation mode, in float32 or, if the model or the comparison asks for it, in
+    float64. Nothing but the removal is left of that.
+
+    Args:
+        model: The model; changed in place.
+        structures: The structures that lose units.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        optimizer: The optimizer in the middle of the training; its state is sliced as well.
+        calls: How the model was called on the batch.
+
+    Returns:
+        The structures as they are now. Where the masked model itself cannot run or gives NaN, nothing is compared.
+
+    Raises:
+        VerificationError: If the outputs differ, or the slim model cannot run; the message names the structures that
+            are to blame. All is as it was then, bit for bit.
+        RuntimeError: If the optimizer's state cannot be sliced; all is as it was then, too.
+    """
+    try:
+        return _compact_same(model, structures, masks, optimizer, calls)
+    except Unproven as error:
+        return Proof(compact_model(model, structures, masks, optimizer), frozenset(), str(error))
+    except VerificationError as error:
+        names = ", ".join(structure.name for structure in _find_blamed(model, structures, masks, calls))
+        reason = str(error).partition(" Nothing was saved")[0]
+        raise VerificationError(
+            f"Without the dropped units of {names} the model does not compute what it computes with zeros in their "
+            f"place, on the batch of this step: {reason}"
+        ) from error
+
+
+def is_costly(model: nn.Module) -> bool:
+    """Whether a proof may take longer than a training step, since that computes with fewer bits.
+
+    Args:
+        model: The model.
+
+    Returns:
+        True for weights in half precision, and for a forward pass that accelerate runs under autocast.
+    """
+    narrow = any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
+    return narrow or any("_original_forward" in vars(module) for module in model.modules())
+
+
+def compute_calls(
+    model: nn.Module, calls: Sequence[Call], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], set[nn.Module]]:
+    """Run a model once more as it was called, without dropout, gradients or autocast, and leave it as it was.
+
+    Args:
+        model: The model.
+        calls: How it was called.
+        dtype: The type in which it computes, at least.
+
+    Returns:
+        Every floating-point tensor among the outputs, by name, and the modules that took part.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    called: set[nn.Module] = set()
+
+    def widen(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+
+    with undisturbed(model), widened(model, dtype):
+        handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in model.modules()]
+        try:
+            for path, args, kwargs in calls:
+                module: Any = get_module(model, path)
+                args, kwargs = tree_map(widen, (args, kwargs))
+                outputs |= _tensors(getattr(module, "_orig_mod", module)(*args, **kwargs), path)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return outputs, called
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode such that nothing of it is left.
+
+    Attributes of modules, buffers and the state of all random generators are afterwards what they were; torch.compile
+    and autocast, with which accelerate wraps the forward pass, do not take part.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    generators = random.getstate(), np.random.get_state()
+    copies: dict[int, torch.Tensor] = {}
+    try:
+        with ExitStack() as stack:
+            for module, attributes, buffers in before:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+                if "_original_forward" in attributes:
+                    module.forward = attributes["_original_forward"]
+                if attributes.get("_compiled_call_impl") is not None:
+                    module._compiled_call_impl = None
+            if any(is_compiled_module(module) for module in model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(evaluating(model))
+            stack.enter_context(torch.autocast(find_device(model).type, enabled=False))
+            yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Give a model parameters and floating-point buffers of a wider type for a while, then the very same ones back.
+
+    Args:
+        model: The model.
+        dtype: The type; what is as wide already stays.
+
+    Yields:
+        Nothing.
+    """
+    held: list[tuple[Any, dict[str, Any]]] = [
+        (slots, dict(slots)) for module in model.modules() for slots in (module._parameters, module._buffers)
+    ]
+    copies: dict[int, Any] = {}
+    try:
+        for slots, before in held:
+            for name, tensor in before.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits:
+                    if id(tensor) not in copies:
+                        wide = tensor.detach().to(dtype)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        copies[id(tensor)] = nn.Parameter(wide, requires_grad=False) if is_parameter else wide
+                    slots[name] = copies[id(tensor)]
+        yield
+    finally:
+        for slots, before in held:
+            slots.update(before)
+
+
+def _compact_same(
+    model: nn.Module, structures: Sequence[Structure], masks: Masks, optimizer: Any, calls: Sequence[Call]
+) -> Proof:
+    """`compact_proven` without the names: float64 decides where float32 differs, if the model runs in it."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    if all(p.dtype == torch.float64 for p in floating):
+        return _compact_in(torch.float64, model, structures, masks, optimizer, calls)
+    try:
+        return _compact_in(torch.float32, model, structures, masks, optimizer, calls)
+    except VerificationError as error:
+        try:
+            return _compact_in(torch.float64, model, structures, masks, optimizer, calls)
+        except Unproven:
+            raise error from None
+
+
+def _compact_in(
+    dtype: torch.dtype,
+    model: nn.Module,
+    structures: Sequence[Structure],
+    masks: Masks,
+    optimizer: Any,
+    calls: Sequence[Call],
+) -> Proof:
+    """Zero, run, cut, run, compare, in one type; put back on any error."""
+    cuttings = Cuttings(model, structures, masks, optimizer)
+    try:
+        zero_units(model, structures, masks)
+        try:
+            expected, called = compute_calls(model, calls, dtype)
+            _compare(expected, expected)
+        except RUN_ERRORS as error:
+            raise Unproven(str(error)) from error
+        if not expected:
+            raise Unproven("the model returns no floating-point tensors")
+        compacted = compact_model(model, structures, masks, optimizer)
+        try:
+            actual, _ = compute_calls(model, calls, dtype)
+        except RUN_ERRORS as error:
+            raise VerificationError(f"{type(error).__name__}: {error}") from error
+        _compare(expected, actual)
+    except BaseException:
+        cuttings.put_back()
+        raise
+    return Proof(compacted, frozenset(_find_reached(model, structures, called)))
+
+
+def _find_reached(model: nn.Module, structures: Sequence[Structure], called: set[nn.Module]) -> Iterator[str]:
+    """The output weights whose module took part, or the module around it, which may read the weight itself."""
+    for structure in structures:
+        for member in structure.outputs:
+            owner = member.tensor.rpartition(".")[0]
+            if {get_module(model, owner), get_module(model, owner.rpartition(".")[0])} & called:
+                yield member.tensor
+
+
+def _find_blamed(
+    model: nn.Module, structures: Sequence[Structure], masks: Masks, calls: Sequence[Call]
+) -> Sequence[Structure]:
+    """The structures that differ by themselves, by bisection; all of them where only several together differ."""
+    if len(structures) == 1:
+        return structures
+    half = len(structures) // 2
+    blamed: list[Structure] = []
+    for part in (structures[:half], structures[half:]):
+        if _differs(model, part, masks, calls):
+            blamed += _find_blamed(model, part, masks, calls)
+    return blamed or structures
+
+
+def _differs(model: nn.Module, structures: Sequence[Structure], masks: Masks, calls: Sequence[Call]) -> bool:
+    cuttings = Cuttings(model, structures, masks)
+    try:
+        _compact_same(model, structures, masks, None, calls)
+    except (VerificationError, Unproven) as error:
+        return isinstance(error, VerificationError)
+    cuttings.put_back()
+    return False
+
+
+def _compare(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor]) -> None:
+    """Compare outputs, large ones block by block; those that are equal need no comparison."""
+    if expected.keys() != actual.keys():
+        compare_outputs(expected, actual)
+    for name, wanted in expected.items():
+        got = actual[name]
+        if wanted.numel() <= _BLOCK or wanted.shape != got.shape:
+            compare_outputs({name: wanted}, {name: got})
+            continue
+        for one, other in zip(wanted.flatten().split(_BLOCK), got.flatten().split(_BLOCK), strict=True):
+            if not torch.equal(one, other):
+                compare_outputs({name: one}, {name: other})

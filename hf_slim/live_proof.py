@@ -40,6 +40,21 @@ class Proof(NamedTuple):
     gap: str | None = None
 
 
+class Run(NamedTuple):
+    """What came out of a forward pass.
+
+    Args:
+        outputs: Every floating-point tensor among the model's outputs, by name.
+        inner: What came out of the modules that own output weights, which tells more: later layers may hide a
+            difference. The names are those of the modules with the numbers of their calls.
+        called: The modules that took part.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    inner: dict[str, torch.Tensor]
+    called: set[nn.Module]
+
+
 class Unproven(RuntimeError):
     """The masked model gives nothing to compare with."""
 
@@ -93,38 +108,44 @@ def is_costly(model: nn.Module) -> bool:
     return narrow or any("_original_forward" in vars(module) for module in model.modules())
 
 
-def compute_calls(
-    model: nn.Module, calls: Sequence[Call], dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], set[nn.Module]]:
+def run_calls(
+    model: nn.Module, calls: Sequence[Call], dtype: torch.dtype, structures: Sequence[Structure] = ()
+) -> Run:
     """Run a model once more as it was called, without dropout, gradients or autocast, and leave it as it was.
 
     Args:
         model: The model.
         calls: How it was called.
         dtype: The type in which it computes, at least.
+        structures: The structures whose output weights are looked at.
 
     Returns:
-        Every floating-point tensor among the outputs, by name, and the modules that took part.
+        What came out, and what took part.
     """
-    outputs: dict[str, torch.Tensor] = {}
-    called: set[nn.Module] = set()
+    run = Run({}, {}, set())
+    owners = {get_module(model, name): name for s in structures for name in _find_owners(s)}
 
     def widen(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
 
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            run.inner[f"{owners[module]}, call {len(run.inner)}"] = output
+
     with undisturbed(model), widened(model, dtype):
-        handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in model.modules()]
+        handles = [m.register_forward_pre_hook(lambda module, _: run.called.add(module)) for m in model.modules()]
+        handles += [owner.register_forward_hook(keep) for owner in owners]
         try:
             for path, args, kwargs in calls:
                 module: Any = get_module(model, path)
                 args, kwargs = tree_map(widen, (args, kwargs))
-                outputs |= _tensors(getattr(module, "_orig_mod", module)(*args, **kwargs), path)
+                run.outputs.update(_tensors(getattr(module, "_orig_mod", module)(*args, **kwargs), path))
         finally:
             for handle in handles:
                 handle.remove()
-    return outputs, called
+    return run
 
 
 @contextmanager
@@ -229,31 +250,35 @@ def _compact_in(
     try:
         zero_units(model, structures, masks)
         try:
-            expected, called = compute_calls(model, calls, dtype)
-            _compare(expected, expected)
+            expected = run_calls(model, calls, dtype, structures)
+            _compare(expected.outputs, expected.outputs)
         except RUN_ERRORS as error:
             raise Unproven(str(error)) from error
-        if not expected:
+        if not expected.outputs:
             raise Unproven("the model returns no floating-point tensors")
         compacted = compact_model(model, structures, masks, optimizer)
         try:
-            actual, _ = compute_calls(model, calls, dtype)
+            actual = run_calls(model, calls, dtype, structures)
         except RUN_ERRORS as error:
             raise VerificationError(f"{type(error).__name__}: {error}") from error
-        _compare(expected, actual)
+        _compare_runs(expected, actual)
     except BaseException:
         cuttings.put_back()
         raise
-    return Proof(compacted, frozenset(_find_reached(model, structures, called)))
+    return Proof(compacted, frozenset(_find_reached(model, structures, expected.called)))
+
+
+def _find_owners(structure: Structure) -> dict[str, str]:
+    """For the modules that own output weights the names of those."""
+    return {member.tensor.rpartition(".")[0]: member.tensor for member in structure.outputs}
 
 
 def _find_reached(model: nn.Module, structures: Sequence[Structure], called: set[nn.Module]) -> Iterator[str]:
     """The output weights whose module took part, or the module around it, which may read the weight itself."""
     for structure in structures:
-        for member in structure.outputs:
-            owner = member.tensor.rpartition(".")[0]
+        for owner, weight in _find_owners(structure).items():
             if {get_module(model, owner), get_module(model, owner.rpartition(".")[0])} & called:
-                yield member.tensor
+                yield weight
 
 
 def _find_blamed(
@@ -278,6 +303,15 @@ def _differs(model: nn.Module, structures: Sequence[Structure], masks: Masks, ca
         return isinstance(error, VerificationError)
     cuttings.put_back()
     return False
+
+
+def _compare_runs(expected: Run, actual: Run) -> None:
+    """Compare what came out at the end, and inside where it has the same shape and can be compared."""
+    _compare(expected.outputs, actual.outputs)
+    for name, wanted in expected.inner.items():
+        got = actual.inner.get(name)
+        if got is not None and got.shape == wanted.shape and wanted.isfinite().all():
+            _compare({name: wanted}, {name: got})
 
 
 def _compare(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor]) -> None:

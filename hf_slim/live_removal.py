@@ -85,8 +85,8 @@ def remove_units(
     masks: Masks,
     optimizer: Any,
     calls: Sequence[Call],
-    *,
     is_required: bool,
+    *,
     is_last: bool,
     others: Iterable[Any] = (),
 ) -> bool:

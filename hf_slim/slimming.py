@@ -291,7 +291,7 @@ class Slimming:
         """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
         scores = self.scores.smoothed
         if plan.criterion == "magnitude":
-            scores = score_structures(model, map(self._units.current, plan.structures), "magnitude", self._zero)
+            scores = score_structures(model, [*map(self._units.current, plan.structures)], plan.criterion, self._zero)
             refuse_nonfinite(scores, step)
         elif not self.scores.can_select():
             return False
@@ -325,8 +325,7 @@ class Slimming:
     def _remove(self, live: LiveUnits, model: nn.Module, optimizer: Any, calls: list[Call]) -> None:
         """Let dropped units leave the model; where they cannot, they stay as zeros."""
         is_last, others = self.has_reached_target, self._others
-        required = {"is_required": self._required}
-        if not remove_units(live, model, self.masks, optimizer, calls, is_last=is_last, others=others, **required):
+        if not remove_units(live, model, self.masks, optimizer, calls, self._required, is_last=is_last, others=others):
             if live.has_removed:
                 live.keep_zeros()
             else:

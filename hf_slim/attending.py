@@ -39,18 +39,12 @@ def attending(trainer: Trainer) -> Iterator[None]:
         yield
     except RuntimeError as error:
         slimming = callback.slimming
-        if (
-            slimming is None
-            or slimming.live is None
-            or not slimming.live.has_removed
-            or isinstance(error, VerificationError)
-        ):
-            raise
-        if not _MISMATCH.search(str(error)):
+        has_removed = slimming is not None and slimming.live is not None and slimming.live.has_removed
+        if not has_removed or isinstance(error, VerificationError) or not _MISMATCH.search(str(error)):
             raise
         culprit = _find_culprit(error) or "something beside the model"
         raise RuntimeError(
-            f"{error} Units have left the model while it trained, and {culprit} seems to keep copies of weights in "
+            f"{error}. Units have left the model while it trained, and {culprit} seems to keep copies of weights in "
             "their former shapes, as averaged or slow weights: train with slim_live=False."
         ) from error
     finally:

@@ -97,7 +97,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             optimizer=optimizer,
             live=find_live(model),
             obstacle=find_fixed_shapes(model, args),
-            others=self._others,
+            find_others=self._find_others,
         )
         if not self.slimming.plans:
             warnings.warn(
@@ -217,10 +217,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             raise RuntimeError("SlimTrainerCallback is not in a training: it was added after training began.")
         return self.slimming
 
-    @property
-    def _others(self) -> list[TrainerCallback]:
-        """The other callbacks, those that are added later among them, if the trainer is known."""
-        return self.trainer.callback_handler.callbacks if self.trainer is not None else []
+    def _find_others(self) -> list[TrainerCallback]:
+        """The other callbacks that there are now, if the trainer is known."""
+        known = self.trainer.callback_handler.callbacks if self.trainer is not None else []
+        return [callback for callback in known if callback is not self]
 
     def _refuse_second(self, state: TrainerState) -> None:
         """The Trainer keeps a list of states where several callbacks of a class have one."""

@@ -44,7 +44,7 @@ class Slimming:
         optimizer: What the Trainer hands to callbacks.
         live: The units of this model, if it has been made smaller by an earlier training or for a checkpoint.
         obstacle: Why shapes cannot change in this training, if they cannot.
-        others: The other callbacks of the Trainer, which may keep copies of weights.
+        find_others: Gives the other callbacks of the Trainer, which may keep copies of weights.
 
     Attributes:
         plans: What is removed, and when.
@@ -68,11 +68,11 @@ class Slimming:
         optimizer: Any = None,
         live: LiveUnits | None = None,
         obstacle: str | None = None,
-        others: Iterable[Any] = (),
+        find_others: Callable[[], Iterable[Any]] = list,
     ) -> None:
         """See the class."""
         self.settings = settings
-        self._others = others
+        self._find_others = find_others
         self._zero = find_zero_optimizer(optimizer)
         steps = None
         if saved is not None:
@@ -324,7 +324,7 @@ class Slimming:
 
     def _remove(self, live: LiveUnits, model: nn.Module, optimizer: Any, calls: list[Call]) -> None:
         """Let dropped units leave the model; where they cannot, they stay as zeros."""
-        is_last, others = self.has_reached_target, self._others
+        is_last, others = self.has_reached_target, self._find_others()
         if not remove_units(live, model, self.masks, optimizer, calls, self._required, is_last=is_last, others=others):
             if live.has_removed:
                 live.keep_zeros()

@@ -56,11 +56,13 @@ class TrainStep:
 
     def __call__(self) -> None:
         """Take the step."""
+        step = len(self.extra) + 1
+        slimming = self.slimming
+        if slimming is not None:
+            slimming.watch(self.model, step)
         self.model.train()
         self.model(**self.batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        step = len(self.extra) + 1
-        slimming = self.slimming
         if slimming is None:
             self.optimizer.step()
             self.extra.append(0.0)
@@ -86,7 +88,7 @@ def make_steps(
     `plain`, `scoring` (before the first pruning step), `pruning` (every step but the first drops units, until the
     target is reached) and `masked` (after the last pruning step) share one dense model and its optimizer, so that they
     differ in nothing else; zeros do not change how long a matrix product takes. `pruning live` removes the units at
-    once from a model of its own, and `live` trains a model from which they have been removed.
+    once from a model of its own, and proves it on the batch; `live` trains a model from which they have been removed.
 
     Args:
         case: The case.

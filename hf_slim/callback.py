@@ -39,6 +39,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
         self.slimming: Slimming | None = None
+        self.trainer: Any = None  # while it trains
         self._scale: torch.Tensor | None = None  # the loss scale (fp16) before the optimizer step
 
     @property
@@ -97,6 +98,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             optimizer=optimizer,
             live=find_live(model),
             obstacle=find_fixed_shapes(model, args),
+            find_others=self._find_others,
         )
         if not self.slimming.plans:
             warnings.warn(
@@ -110,6 +112,13 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             _forget_best(state)
             if args.metric_for_best_model is not None:
                 logger.info(f"The best model is sought from step {self.slimming.last_step} on, at the final sparsity.")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Keep the batch, if units will leave the model at the end of the step."""
+        called = self.trainer.model_wrapped if self.trainer is not None and args.torch_compile else None
+        self._running.watch(model, state.global_step + 1, called)
 
     def on_pre_optimizer_step(
         self,
@@ -146,10 +155,31 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         else:
             self._running.advance(model, optimizer, step, skipped=True)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """No evaluation from before the final sparsity is a best one, or one that early stopping compares with."""
+        """Look at the zeros before an evaluation or a checkpoint."""
+        if control.should_evaluate or control.should_save:
+            self._running.restore_zeros(model, optimizer)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the zeros; no evaluation from before the final sparsity is a best one, or one to compare with."""
+        if control.should_evaluate or control.should_save:
+            self._running.restore_zeros(model, optimizer)
         if not self._running.has_reached_target:
             _forget_best(state)
 
@@ -159,10 +189,17 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             _forget_best(state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Say so if training ended before the schedule did."""
+        """Look at the zeros; say so if training ended before the schedule did."""
         self._running.close()
+        self._running.restore_zeros(model, optimizer)
         if not self._running.has_reached_target:
             logger.warning(
                 f"Training ended at step {state.global_step}, before the last pruning step, "
@@ -183,6 +220,11 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if self.slimming is None:
             raise RuntimeError("SlimTrainerCallback is not in a training: it was added after training began.")
         return self.slimming
+
+    def _find_others(self) -> list[TrainerCallback]:
+        """The other callbacks that there are now, if the trainer is known."""
+        known = self.trainer.callback_handler.callbacks if self.trainer is not None else []
+        return [callback for callback in known if callback is not self]
 
 
 def refuse_several(callbacks: Iterable[TrainerCallback]) -> None:

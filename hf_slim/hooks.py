@@ -154,6 +154,7 @@ def hook_training(module: ModuleType) -> None:
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not _is_slimming(self.callback_handler.callbacks):
             return run(self, resume_from_checkpoint, *args, **kwargs)
+        from .attending import attending
         from .checkpoints import choose_checkpoint, restore_shape
 
         load = self._load_from_checkpoint  # which classes of other packages have their own of
@@ -165,7 +166,8 @@ def hook_training(module: ModuleType) -> None:
         self._load_from_checkpoint = load_from_checkpoint
         try:
             resume_from_checkpoint = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
-            return run(self, resume_from_checkpoint, *args, **kwargs)
+            with attending(self):
+                return run(self, resume_from_checkpoint, *args, **kwargs)
         finally:
             del self._load_from_checkpoint
 

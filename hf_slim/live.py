@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from .attributes import set_count
+from .captured import Call
 from .compaction import compact_model
+from .live_proof import Proof, compact_proven, is_costly
+from .masking import MaskedUnits
 from .modeling_hf_slim import set_sizes
 from .offloading import change_tensor
 from .optimizer_state import find_state_slices
@@ -21,6 +24,7 @@ from .structures import Discovery, Masks, Structure, get_module, get_tensor
 
 _LIVE: weakref.WeakKeyDictionary[nn.Module, LiveUnits] = weakref.WeakKeyDictionary()
 """The models that have been made smaller while they trained, or for a checkpoint of such a training."""
+_NOT_CALLED = "the model was not called as a module in the step"
 
 
 class LiveUnits:
@@ -35,14 +39,19 @@ class LiveUnits:
     Attributes:
         found: The same.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
+        gap: Why the last removal was not proven; None if it was, or needed no proof.
     """
 
     def __init__(self, found: Discovery) -> None:
         """See the class."""
         self.found = found
         self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
+        self.gap: str | None = None
         self._current = {s.name: s for s in self.found.structures}
         self._shapes: dict[str, torch.Size] = {}
+        self._proven: set[str] = set()  # output weights that took part in a proof
+        self._zeros: MaskedUnits | None = None
+        self._kept: dict[str, torch.Tensor] = {}  # the masks that are applied as zeros
 
     def fits(self, model: nn.Module) -> bool:
         """Whether a model has the shapes that these units left it with."""
@@ -62,7 +71,47 @@ class LiveUnits:
         """The reverse of `expand`."""
         return scores[self.masks[name].to(scores.device)]
 
-    def apply(self, model: nn.Module, masks: Masks, optimizer: Any = None) -> None:
+    @property
+    def has_removed(self) -> bool:
+        """Whether any unit has left the model."""
+        return any(not mask.all() for mask in self.masks.values())
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether nothing leaves the model any more."""
+        return self._zeros is not None
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """For each structure's name a boolean tensor of shape `[units]`, True = still there and not kept as zeros."""
+        return {**self.masks, **self._kept}
+
+    @property
+    def unproven(self) -> set[str]:
+        """The names of the structures that have lost units, and took part in no proof."""
+        lost = {name for name, mask in self.masks.items() if not mask.all()}
+        return {name for name in lost if not self._is_proven(self._current[name])}
+
+    def find_shrinking(self, masks: Masks) -> list[Structure]:
+        """The structures, as they are in the model now, that masks take units from.
+
+        Args:
+            masks: As for `apply`.
+
+        Returns:
+            Those structures.
+        """
+        return [self._current[name] for name, mask in masks.items() if (self.masks[name] & ~mask).any()]
+
+    def apply(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        optimizer: Any = None,
+        calls: Sequence[Call] | None = None,
+        *,
+        is_last: bool = True,
+    ) -> None:
         """Remove the units that masks drop.
 
         Args:
@@ -70,21 +119,71 @@ class LiveUnits:
             masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; units that are gone
                 already must be dropped in it.
             optimizer: The optimizer, if there is one already; its state is sliced like the weights.
+            calls: How the model was called on a batch, to prove the removal on it; None if there is nothing to prove,
+                as the weights are yet to be loaded.
+            is_last: Whether this is the last pruning step. Where a proof costs more than a training step, only the
+                last one and those that take units from a structure for the first time are proven.
 
         Raises:
             RuntimeError: If the optimizer's state cannot be sliced; nothing has been changed then.
+            VerificationError: If the model computes something else without the units; nothing has been changed then.
         """
         left = {name: mask[self.masks[name]] for name, mask in masks.items()}
-        shrinking = [self._current[name] for name, mask in left.items() if not mask.all()]
+        if self._zeros is not None:
+            self._zeros.apply(model, left, optimizer)
+            self._kept = {name: mask.clone() for name, mask in masks.items()}
+            return
+        shrinking = self.find_shrinking(masks)
         if not shrinking:
             return
-        for structure in compact_model(model, shrinking, left, optimizer):
+        is_needed = is_last or not is_costly(model) or not all(map(self._is_proven, shrinking))
+        if calls and is_needed:
+            proof = compact_proven(model, shrinking, left, optimizer, calls)
+        else:
+            gap = _NOT_CALLED if calls is not None and is_needed else None
+            proof = Proof(compact_model(model, shrinking, left, optimizer), frozenset(), gap)
+        self._proven |= proof.reached
+        self.gap = proof.gap
+        for structure in proof.structures:
             self._current[structure.name] = structure
             self.masks[structure.name] = masks[structure.name].clone()
         self._record(model)
 
+    def keep_zeros(self) -> None:
+        """Let nothing leave the model any more: what is dropped from here on stays in it as zeros."""
+        self._zeros = MaskedUnits(self._current.values())
+
+    def take_up(self, masks: Masks, unproven: Iterable[str], *, keeps_zeros: bool) -> None:
+        """Go on as a checkpoint says.
+
+        Args:
+            masks: The masks of the training.
+            unproven: The names of the structures that have lost units without a proof.
+            keeps_zeros: Whether what is dropped stays in the model as zeros.
+        """
+        for name in self.masks.keys() - set(unproven):
+            if not self.masks[name].all():
+                self._proven |= {member.tensor for member in self._current[name].outputs}
+        if keeps_zeros:
+            self.keep_zeros()
+            self._kept = {name: mask.clone() for name, mask in masks.items()}
+
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Nothing: what is gone cannot come back."""
+        """Keep zeros zero after an optimizer step, if there are any: what is gone cannot come back."""
+        if self._zeros is not None:
+            self._zeros.hold(model, optimizer)
+
+    def restore(self, model: nn.Module, optimizer: Any = None) -> list[str]:
+        """Write zeros again that something else has written over, if there are any.
+
+        Args:
+            model: The model; changed in place.
+            optimizer: The optimizer, if there is one.
+
+        Returns:
+            The names of the structures of which units had come back.
+        """
+        return self._zeros.restore(model, optimizer) if self._zeros is not None else []
 
     def take_shape(self, model: nn.Module, masks: Masks) -> None:
         """Give the model the shape that it had in a checkpoint whose weights are loaded next.
@@ -93,6 +192,7 @@ class LiveUnits:
             model: The model; changed in place.
             masks: As for `apply`. Units that are gone already may be kept in it: they come back without values.
         """
+        self._zeros, self._kept = None, {}
         if any((mask & ~self.masks[name]).any() for name, mask in masks.items()):
             self._restore_shape(model)
         self.apply(model, masks)
@@ -111,6 +211,9 @@ class LiveUnits:
             for (name, dim), where in dense.positions(~self.masks[dense.name]).items():
                 shapes.setdefault(name, list(get_tensor(model, name).shape))[dim] += len(where)
         return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    def _is_proven(self, structure: Structure) -> bool:
+        return all(member.tensor in self._proven for member in structure.outputs)
 
     def _restore_shape(self, model: nn.Module) -> None:
         """Bring all units back, without values."""

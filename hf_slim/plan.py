@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .auto_slim import find_entry_structures, read_entry
 from .discovery import exclude_structures, find_structures, require_structures
 from .schedule import Schedule, make_schedule
 from .selection import check_reachable
-from .structures import Discovery, Kind, Structure, get_tensor
+from .structures import Discovery, Kind, Masks, Structure, get_tensor, total_units
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,25 @@ class Plan:
     scope: ScopeName
     round_to: int
     min_heads: int
+
+
+def find_sparsities(structures: Iterable[Structure], masks: Masks) -> dict[str, float]:
+    """The sparsities that masks give, by the names of the settings.
+
+    Args:
+        structures: The structures in the plans.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+
+    Returns:
+        `ffn2_sparsity` and `mha_sparsity`; 0 where there is no structure of the kind.
+    """
+    found = {"ffn2_sparsity": 0.0, "mha_sparsity": 0.0}
+    structures = list(structures)
+    for kind, name in (("ffn", "ffn2_sparsity"), ("mha", "mha_sparsity")):
+        planned = [s for s in structures if s.kind == kind]
+        if planned:
+            found[name] = sum(int((~masks[s.name]).sum()) for s in planned) / total_units(planned)
+    return found
 
 
 def make_plans(

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
 from torch import nn
 from transformers.utils import logging
 
-from .arguments import SlimConfig
+from .arguments import CriterionName, SlimConfig
+from .captured import Call, Capture
 from .discovery import find_structures
-from .importance import score_structures, smooth_scores
-from .live import LiveUnits, find_live_obstacle, find_state_obstacle
+from .importance import score_structures
+from .live import LiveUnits
+from .live_removal import can_slice_state, find_obstacle, remove_units
 from .masking import MaskedUnits, find_zero_units
 from .optimizer_state import has_state
-from .plan import Plan, make_plans, to_state
-from .saved_state import Settings, check_fit, read_masks, refuse_other_settings
+from .plan import Plan, find_sparsities, make_plans, to_state
+from .saved_state import Settings, check_fit, damaged, read_masks, refuse_other_settings
+from .scores import Scores, agree_on, refuse_nonfinite
 from .selection import select_units
-from .structures import Structure, get_tensor, total_units
-from .zero import call_before_step, clip_factor, find_zero_optimizer, whole_shapes
+from .structures import Structure
+from .zero import call_before_step, find_zero_optimizer, whole_shapes
 
 logger = logging.get_logger(__name__)
+
+_COME_BACK = (
+    "Dropped units of {} have come back, and are written with zeros again: something besides the steps of training "
+    "writes weights (an optimizer with slow weights or noise, averages, a callback that loads weights)."
+)
 
 
 class Slimming:
@@ -37,9 +44,11 @@ class Slimming:
         optimizer: What the Trainer hands to callbacks.
         live: The units of this model, if it has been made smaller by an earlier training or for a checkpoint.
         obstacle: Why shapes cannot change in this training, if they cannot.
+        find_others: Gives the other callbacks of the Trainer, which may keep copies of weights.
 
     Attributes:
         plans: What is removed, and when.
+        scores: The importance scores.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; the units are those that the
             model had before anything was dropped.
 
@@ -59,60 +68,59 @@ class Slimming:
         optimizer: Any = None,
         live: LiveUnits | None = None,
         obstacle: str | None = None,
+        find_others: Callable[[], Iterable[Any]] = list,
     ) -> None:
         """See the class."""
         self.settings = settings
+        self._find_others = find_others
         self._zero = find_zero_optimizer(optimizer)
         steps = None
         if saved is not None:
             refuse_other_settings(saved, settings)
             steps = [list(plan_steps) for plan_steps in saved["steps"]]
         wanted = settings.slim_live if isinstance(settings, SlimConfig) else False
+        self._required = required = wanted is True
         was_masked = saved is not None and not saved["live"] and any(saved["events"])
         if wanted is False or was_masked or (obstacle is not None and saved is None):
             live = None
         with whole_shapes(model):
             found = find_structures(model) if live is None else live.found
             self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps, found=found)
-        obstacle = obstacle or find_live_obstacle(self.structures)
-        if obstacle is None and live is not None:
-            obstacle = find_state_obstacle(optimizer, model, [live.current(s) for s in self.structures])
-        if obstacle is not None and self.plans and (wanted is True or live is not None):
-            asked = "slim_live=True" if wanted is True else "Live compaction, as before in this training,"
-            raise ValueError(
-                f"{asked} cannot be used here: {obstacle}. Build the model anew and start or resume with that; where "
-                "shapes cannot change, train with slim_live=False."
-            )
+        obstacle = find_obstacle(live, model, optimizer, self.structures, obstacle, is_required=required)
         self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
         self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
         if self.plans and live is None and wanted is not False and obstacle is None and not was_masked:
             self._live = LiveUnits(found)
         self.masks = (
-            {s.name: live.masks[s.name].clone() for s in self.structures}
+            {s.name: live.kept[s.name].clone() for s in self.structures}
             if live is not None
             else find_zero_units(model, self.structures, whole=True, zero=self._zero)
         )
-        self._scores: dict[str, torch.Tensor] = {}
-        self._pending: dict[str, torch.Tensor] = {}
-        self._is_checked = False  # whether the pending scores are known to be finite
-        self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
-        self._bad_step: torch.Tensor | None = None  # the first step with a score that is not finite, 0 for none
+        self.scores = Scores(self._zero)
+        self._capture = Capture()
+        self._warned: set[str] = set()
         self._events = [0] * len(self.plans)
+        self._undo: Callable[[], None] = lambda: None
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer)
-        self._undo: Callable[[], None] = lambda: None
         if self._zero is not None:
             self._undo = call_before_step(self._zero, lambda scale: self._score_scaled(model, scale))
 
     def close(self) -> None:
-        """Leave the optimizer as it was."""
+        """Leave the optimizer and the model's hooks as they were."""
         self._undo()
+        self._capture.end()
 
     @property
     def is_live(self) -> bool:
         """Whether dropped units have left the model."""
         return self.live is not None
+
+    @property
+    def unproven(self) -> set[str]:
+        """The names of the structures that have lost units, but never in a step in which a batch proved it."""
+        return self.live.unproven if self.live is not None else set()
 
     @property
     def live(self) -> LiveUnits | None:
@@ -151,9 +159,23 @@ class Slimming:
         if self._zero is not None:
             return  # the step has been taken already, and the units scored right before it
         self._score(model, step)
-        if not may_be_skipped and all(scores.device.type == "cpu" for scores in self._pending.values()):
-            _refuse_nonfinite(self._pending, step)
-            self._is_checked = True
+        if not may_be_skipped:
+            self.scores.check(step)
+
+    def watch(self, model: nn.Module, step: int, called: nn.Module | None = None) -> None:
+        """Keep the batch of a step, if it ends with units leaving the model; called before its forward pass.
+
+        Args:
+            model: The model.
+            step: The optimizer step, counted from 1.
+            called: What stands for the model where it is called: the model as torch.compile has wrapped it.
+        """
+        live = self.live or self._live
+        if live is None or live.keeps_zeros:
+            return
+        has_zeros = self._live is not None and any(not mask.all() for mask in self.masks.values())
+        if has_zeros or any(self._due(step)):
+            self._capture.begin(model, called)
 
     def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool | torch.Tensor) -> None:
         """Take a step's scores into account, and drop units if it is time; keep dropped ones out.
@@ -167,23 +189,47 @@ class Slimming:
 
         Raises:
             RuntimeError: If scores are NaN or infinite, or slim_live=True and the optimizer's state cannot be sliced.
+            VerificationError: If slim_live=True and the model is another one without the units; none is dropped then.
         """
-        if skipped is not True and self._pending:
-            self._smooth(step, skipped)
-        self._pending = {}
+        calls = self._capture.end()
+        self.scores.count(step, skipped)
         changed = self._live is not None and has_state(optimizer) and self._choose(model, optimizer)
+        before = dict(self.masks), list(self._events)
+        due = self._due(step)
+        if any(due):
+            self.restore_zeros(model, optimizer)
         for number, plan in enumerate(self.plans):
-            due = plan.schedule.events_until(step)
-            if due > self._events[number] and self._select(model, plan, step):
-                self._events[number] = due
+            if due[number] and self._select(model, plan, step):
+                self._events[number] = plan.schedule.events_until(step)
                 changed = True
-                if due == len(plan.schedule.steps):
-                    for structure in plan.structures:
-                        self._scores.pop(structure.name, None)
-        if changed:
-            self._apply(model, optimizer)
-        else:
+        if not changed:
             self._units.hold(model, optimizer)
+            return
+        try:
+            self._apply(model, optimizer, calls)
+        except RuntimeError:
+            self.masks, self._events = before
+            raise
+        for plan, events in zip(self.plans, self._events, strict=True):
+            if events == len(plan.schedule.steps):
+                for structure in plan.structures:
+                    self.scores.smoothed.pop(structure.name, None)
+
+    def restore_zeros(self, model: nn.Module, optimizer: Any = None) -> list[str]:
+        """Look at the dropped units that are in the model as zeros, and write zeros again where something is not.
+
+        What has come back is written after every step from then on, and named once in a warning.
+
+        Args:
+            model: The model, or a copy of it.
+            optimizer: The optimizer, if there still is one, for the zeros in its state.
+
+        Returns:
+            The names of the structures of which units had come back.
+        """
+        if names := self._units.restore(model, optimizer):
+            self._warn_once("back", _COME_BACK.format(", ".join(names)))
+        return names
 
     def sparsities(self) -> dict[str, float]:
         """The sparsity in force.
@@ -192,90 +238,65 @@ class Slimming:
             `ffn2_sparsity` and `mha_sparsity`: the fractions of the units of the structures in the plans that are
             dropped; 0 where none are planned.
         """
-        found = {}
-        for kind, name in (("ffn", "ffn2_sparsity"), ("mha", "mha_sparsity")):
-            structures = [s for s in self.structures if s.kind == kind]
-            dropped = sum(int((~self.masks[s.name]).sum()) for s in structures)
-            found[name] = dropped / total_units(structures) if structures else 0.0
-        return found
+        return find_sparsities(self.structures, self.masks)
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, as plain JSON data."""
-        self._refuse_bad_step()
-        masks = self.masks if self.live is None else {**self.live.masks, **self.masks}
+        self.scores.refuse_bad_step()
+        live = self.live
+        masks = self.masks if live is None else live.masks
+        zeros = {} if live is None else {name: live.masks[name] & ~mask for name, mask in self.masks.items()}
         return {
             "settings": to_state(self.settings),
             "steps": [list(plan.schedule.steps) for plan in self.plans],
             "events": list(self._events),
             "live": self.is_live,
             "dropped": {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items()},
-            "scores": {name: self._units.expand(name, scores).tolist() for name, scores in self._scores.items()},
+            "zeros": {name: units.nonzero().flatten().tolist() for name, units in zeros.items() if units.any()},
+            "unproven": sorted(self.unproven),
+            "scores": {n: self._units.expand(n, scores).tolist() for n, scores in self.scores.smoothed.items()},
         }
 
     def _score(self, model: nn.Module, step: int = 0) -> None:
-        self._pending, self._is_checked = {}, False
-        scored: dict[Any, list[Structure]] = {}
+        scored: dict[CriterionName, list[Structure]] = {}
         for plan, events in zip(self.plans, self._events, strict=True):
             if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
                 scored.setdefault(plan.criterion, []).extend(self._units.current(s) for s in plan.structures)
-        for criterion, structures in scored.items():
-            if self._zero is None:
-                _require_gradients(model, structures, step)
-            self._pending.update(score_structures(model, structures, criterion, self._zero))
+        self.scores.take(model, scored, step)
 
     def _score_scaled(self, model: nn.Module, scale: float) -> None:
         """Score right before DeepSpeed's step, from gradients that are still multiplied by the loss scale."""
         self._score(model)
-        self._pending = {name: scores / scale for name, scores in self._pending.items()}
-
-    def _smooth(self, step: int, skipped: bool | torch.Tensor) -> None:
-        """Smooth the scores of a step; on a device without waiting for it."""
-        if self._zero is not None:
-            factor = clip_factor(self._zero)
-            self._pending = {name: scores * factor for name, scores in self._pending.items()}
-        counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
-        first = next(iter(self._pending.values()))
-        if first.device.type == "cpu":
-            if not self._is_checked:
-                _refuse_nonfinite(self._pending, step)
-        else:
-            together = torch.cat([scores.to(first.device) for scores in self._pending.values()])
-            bad = torch.isfinite(together).all().logical_not()
-            bad = (bad if counted is None else bad.logical_and(counted)).mul(step)
-            before = torch.zeros_like(bad) if self._bad_step is None else self._bad_step
-            self._bad_step = torch.where(before.eq(0), bad, before)
-        for name, scores in self._pending.items():
-            smoothed = smooth_scores(self._scores.get(name), scores)
-            if counted is not None:
-                kept = self._scores.get(name, torch.zeros_like(scores)).to(scores.device)
-                smoothed = torch.where(counted.to(scores.device), smoothed, kept)
-            self._scores[name] = smoothed
-        self._taken = 1 if counted is None else counted.add(self._taken)
-
-    def _refuse_bad_step(self) -> None:
-        if self._bad_step is not None and int(self._bad_step):
-            _refuse_nonfinite(self._scores, int(self._bad_step))
+        self.scores.unscale(scale)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         check_fit(saved, self.plans)
-        for name, mask in read_masks({name: saved["dropped"][name] for name in self.masks}, self.masks).items():
-            self.masks[name] &= mask
-        for name, scores in saved["scores"].items():
-            self._scores[name] = self._units.narrow(name, torch.tensor(scores))
-        self._taken = len(self._scores)
+        zeros, unproven = saved.get("zeros", {}), saved.get("unproven", [])
+        if not isinstance(zeros, dict) or not isinstance(unproven, list):
+            raise damaged("its zeros or unproven structures are not as they were written")
+        for dropped in ({name: saved["dropped"][name] for name in self.masks}, zeros):
+            for name, mask in read_masks(dropped, self.masks).items():
+                self.masks[name] &= mask
+        if self.live is not None:
+            self.live.take_up(self.masks, unproven, keeps_zeros=bool(zeros))
+        scores = {name: torch.tensor(scores) for name, scores in saved["scores"].items()}
+        self.scores.take_up({name: self._units.narrow(name, values) for name, values in scores.items()})
         self._events = list(saved["events"])
+
+    def _due(self, step: int) -> list[bool]:
+        """Which plans have a pruning step at a step, or one from before that is not done."""
+        return [p.schedule.events_until(step) > done for p, done in zip(self.plans, self._events, strict=True)]
 
     def _select(self, model: nn.Module, plan: Plan, step: int) -> bool:
         """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
-        scores = self._scores
+        scores = self.scores.smoothed
         if plan.criterion == "magnitude":
-            current = [self._units.current(s) for s in plan.structures]
-            scores = score_structures(model, current, plan.criterion, self._zero)
-            _refuse_nonfinite(scores, step)
-        elif not int(self._taken):
+            scores = score_structures(model, [*map(self._units.current, plan.structures)], plan.criterion, self._zero)
+            refuse_nonfinite(scores, step)
+        elif not self.scores.can_select():
             return False
-        self._refuse_bad_step()
-        agreed = _agree({s.name: scores[s.name] for s in plan.structures})
+        self.scores.refuse_bad_step()
+        agreed = agree_on({s.name: scores[s.name] for s in plan.structures})
         self.masks.update(
             select_units(
                 plan.structures,
@@ -289,55 +310,41 @@ class Slimming:
         )
         return True
 
-    def _apply(self, model: nn.Module, optimizer: Any) -> None:
+    def _apply(self, model: nn.Module, optimizer: Any, calls: list[Call]) -> None:
         """Apply the masks, and keep the scores of what is left."""
         self._choose(model, optimizer)
-        scores = {name: self._units.expand(name, values) for name, values in self._scores.items()}
-        self._units.apply(model, self.masks, optimizer)
-        self._scores = {name: self._units.narrow(name, values) for name, values in scores.items()}
+
+        def apply() -> None:
+            if self.live is None or self.live.keeps_zeros:
+                self._units.apply(model, self.masks, optimizer)
+            else:
+                self._remove(self.live, model, optimizer, calls)
+
+        self.scores.carry_over(apply, self._units.expand, lambda name, values: self._units.narrow(name, values))
+
+    def _remove(self, live: LiveUnits, model: nn.Module, optimizer: Any, calls: list[Call]) -> None:
+        """Let dropped units leave the model; where they cannot, they stay as zeros."""
+        is_last, others = self.has_reached_target, self._find_others()
+        if not remove_units(live, model, self.masks, optimizer, calls, self._required, is_last=is_last, others=others):
+            if live.has_removed:
+                live.keep_zeros()
+            else:
+                self._units = MaskedUnits(self.structures, self._zero)
+            self._units.apply(model, self.masks, optimizer)
+        if live.gap is not None:
+            self._warn_once("gap", f"The removal of units is not proven on the batch of the training: {live.gap}.")
+        if is_last and self.unproven:
+            self._warn_once("end", f"The removal of units is not proven for {', '.join(sorted(self.unproven))}.")
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message)
 
     def _choose(self, model: nn.Module, optimizer: Any) -> bool:
         """Take live compaction, before anything is dropped, if the optimizer's state can be sliced; once."""
         live, self._live = self._live, None
-        if live is None:
+        if live is None or not can_slice_state(model, optimizer, self.structures, is_required=self._required):
             return False
-        obstacle = find_state_obstacle(optimizer, model, self.structures)
-        if obstacle is None:
-            self._units = live
-            return True
-        if isinstance(self.settings, SlimConfig) and self.settings.slim_live is True:
-            raise RuntimeError(
-                f"slim_live=True cannot be used here: {obstacle}. Use another optimizer, or slim_live=False."
-            )
-        logger.info(f"Dropped units stay in the model as zeros until it is saved: {obstacle}.")
-        return False
-
-
-def _agree(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mean of the scores over all processes, so that every one selects the same units."""
-    first = next(iter(scores.values()))
-    together = reduce(torch.cat([values.to(first.device) for values in scores.values()]), "mean")
-    return dict(zip(scores, together.split([len(values) for values in scores.values()]), strict=True))
-
-
-def _require_gradients(model: nn.Module, structures: Sequence[Structure], step: int) -> None:
-    if all(get_tensor(model, member.tensor).grad is None for s in structures for member in s.outputs):
-        raise RuntimeError(
-            f"At step {step} there is no gradient in any of the {len(structures)} structures that are to be scored. "
-            "Optimizers that step during the backward pass (LOMO, layer-wise GaLore and Apollo) leave none: use "
-            "another optimizer, or slim_criterion='magnitude'."
-        )
-
-
-def _refuse_nonfinite(scores: Mapping[str, torch.Tensor], step: int) -> None:
-    values = list(scores.values())
-    if not values or torch.isfinite(torch.cat([v.to(values[0].device) for v in values])).all():
-        return
-    bad = [name for name, values in scores.items() if not torch.isfinite(values).all()]
-    where = ", ".join(bad)
-    if len(bad) == len(scores):
-        where = f"all {len(bad)} structures (the Trainer's clipping spreads NaN from one gradient to every other)"
-    raise RuntimeError(
-        f"The importance scores are not finite at step {step}, in {where}: weights or gradients hold NaN or "
-        "infinity. Lower the learning rate, or look at the loss and the batch of this step."
-    )
+        self._units = live
+        return True

@@ -58,7 +58,7 @@ def compute_outputs(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dt
     inputs = send_to_device(dict(inputs), find_device(model))
     try:
         with evaluating(model), widened(model, dtype) if is_narrow(model, inputs, dtype) else nullcontext():
-            outputs = dict(_tensors(model(**inputs), ""))
+            outputs = dict(find_tensors(model(**inputs), ""))
     except RUN_ERRORS as error:
         raise ValueError(
             f"{type(model).__name__} cannot run on {describe(inputs)}: {error}. Pass a batch of yours, "
@@ -177,7 +177,7 @@ def _find_difference(wanted: torch.Tensor, got: torch.Tensor) -> tuple[float, fl
     return difference, allowed
 
 
-def _tensors(outputs: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def find_tensors(outputs: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(outputs, torch.Tensor):
         if outputs.is_floating_point():
             yield prefix or "output", outputs
@@ -187,7 +187,7 @@ def _tensors(outputs: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(outputs, Mapping):
         for key, value in outputs.items():
             if not any(word in str(key) for word in _SHAPED_BY_UNITS):
-                yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+                yield from find_tensors(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(outputs, (list, tuple)):
         for number, value in enumerate(outputs):
-            yield from _tensors(value, f"{prefix}[{number}]")
+            yield from find_tensors(value, f"{prefix}[{number}]")

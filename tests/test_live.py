@@ -203,7 +203,7 @@ def test_training_again_goes_on_from_what_is_left(tmp_path):
 
 def messages_of(monkeypatch):
     messages = []
-    monkeypatch.setattr("hf_slim.slimming.logger.info", messages.append)
+    monkeypatch.setattr("hf_slim.live_removal.logger.info", messages.append)
     return messages
 
 

@@ -54,8 +54,9 @@ def plain(trainer):
 
 
 def check_target(trainer, watcher, share=0.5):
-    """The masks keep what they should, and nothing that was dropped has moved."""
+    """The masks keep what they should, nothing that was dropped has moved, and what has left the model is proven."""
     callback = slim_callback(trainer)
+    assert callback.slimming.unproven == set()
     assert callback.sparsities() == {"ffn2_sparsity": share, "mha_sparsity": share}
     assert (watcher.steps, watcher.moved, watcher.returned) == (trainer.state.max_steps, 0, 0)
 

@@ -48,7 +48,7 @@ def test_ordinary_steps_never_wait_for_the_device(family, criterion):
     slimming = make_slimming(model, slim_criterion=criterion, **LATE)
     model(**make_batch(model)).loss.backward()
     slimming.score(model, 1, may_be_skipped=False)  # which keeps what depends on the model alone
-    slimming._pending = {}
+    slimming.scores._pending = {}
     fake = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake_gpu(fake)
@@ -58,8 +58,8 @@ def test_ordinary_steps_never_wait_for_the_device(family, criterion):
             slimming.advance(fake, optimizer, step, skipped=False)
         slimming.score(fake, 5, may_be_skipped=True)
         slimming.advance(fake, optimizer, 5, skipped=torch.zeros((), dtype=torch.bool))
-        assert all(scores.device.type == "cuda" for scores in slimming._scores.values())
-        assert len(slimming._scores) == (0 if criterion == "magnitude" else 4)
+        assert all(scores.device.type == "cuda" for scores in slimming.scores.smoothed.values())
+        assert len(slimming.scores.smoothed) == (0 if criterion == "magnitude" else 4)
         if criterion != "magnitude":
             with pytest.raises(Exception, match="local_scalar_dense|cuda"):
                 slimming.to_state()  # a checkpoint does need the values

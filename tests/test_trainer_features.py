@@ -199,7 +199,7 @@ def test_accumulated_gradients_score_as_one_batch(name, tmp_path):
         callback, steps = slim_callback(trainer), []
 
         def keep(step, model, callback=callback, steps=steps):
-            steps.append((dict(callback.slimming._scores), {n: m.clone() for n, m in callback.masks.items()}))
+            steps.append((dict(callback.slimming.scores.smoothed), {n: m.clone() for n, m in callback.masks.items()}))
 
         trainer.add_callback(Record(keep))
         trainer.train()
@@ -263,7 +263,9 @@ def train_scaled(folder, bad, autocast=True, **settings):
 
     def keep(step, model):
         slimming = slim_callback(trainer).slimming
-        steps.append((dict(slimming._scores), {n: m.clone() for n, m in slimming.masks.items()}, weights(model)))
+        steps.append(
+            (dict(slimming.scores.smoothed), {n: m.clone() for n, m in slimming.masks.items()}, weights(model))
+        )
 
     trainer.add_callback(Record(keep))
     watcher = watch(trainer)
@@ -534,7 +536,7 @@ def test_a_loss_that_is_not_finite_spoils_nothing(value, criterion, settings, tm
     assert trainer.state.global_step == 3
     assert equal(last, weights(trainer.model))
     assert all(torch.isfinite(tensor).all() for tensor in last.values())
-    scores = slim_callback(trainer).slimming._scores
+    scores = slim_callback(trainer).slimming.scores.smoothed
     assert len(scores) == 4 and all(torch.isfinite(values).all() for values in scores.values())
 
 

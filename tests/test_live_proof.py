@@ -20,6 +20,7 @@ from hf_slim.masking import zero_units
 from hf_slim.slimming import Slimming
 from hf_slim.verification import VerificationError
 
+pytestmark = pytest.mark.usefixtures("blind_discovery")
 WRONG = "bert.encoder.layer.1.output.dense"
 STEPS = {"slim_start": 3, "slim_end": 9, "slim_frequency": 2, "use_cpu": True, "optim": "adamw_torch"}
 
@@ -44,12 +45,6 @@ def run(model, folder, *, live, callbacks=(), **settings):
         trainer.add_callback(callback)
     trainer.train()
     return trainer, trajectory
-
-
-@pytest.fixture(autouse=True)
-def blind(monkeypatch):
-    """Discovery sees the hooks that mix units, and would leave these modules alone."""
-    monkeypatch.setattr("hf_slim.discovery.find_strange", lambda model, path, structure: None)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from hf_slim.inputs import make_inputs
 from hf_slim.masking import zero_units
 from hf_slim.verification import VerificationError, compare_models, compute_outputs, widened
 
+pytestmark = pytest.mark.usefixtures("blind_discovery")
+
 # ------------------------------------------------------------------------------------------------- odd modules
 
 

@@ -1,4 +1,4 @@
-"""Odd modules of a stranger's own, by the routes on which units leave a model: `python tests/odd_routes.py` prints both.
+"""Odd modules of a stranger's own by the routes on which units leave a model: `python tests/odd_routes.py`.
 
 With discovery as it is, and blind, so that a numerical proof is all that stands in the way.
 """

@@ -264,7 +264,8 @@ class _Example:
 
     def _random_ids(self, config: PreTrainedConfig, length: int) -> torch.Tensor:
         """Ordinary tokens, with the end token at the end, where classification heads look for it."""
-        size = getattr(config, "vocab_size", None) or self.taker.find_size(("vocab_size",), 256)
+        tables = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding))
+        size = getattr(config, "vocab_size", None) or self.taker.find_size(("vocab_size",), next(tables, 256))
         special = {token for _, part in walk_configs(self.config) for token in _special_ids(part)}
         ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(SEED))]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +39,19 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         self.config = from_state(config)
         self.saved: dict[str, Any] | None = None  # set by the Trainer when it restores callbacks; read by nobody
         self.processes = 1
+        self._trained: Callable[[], nn.Module | None] = lambda: None
         self.slimming: Slimming | None = None
         self.trainer: Any = None  # while it trains
         self._scale: torch.Tensor | None = None  # the loss scale (fp16) before the optimizer step
+
+    def restore_zeros(self, model: nn.Module) -> None:
+        """Write zeros again where something has written over them since the training, in the model that was trained.
+
+        Args:
+            model: The trainer's model; left alone if it is another one by now.
+        """
+        if self.slimming is not None and self._trained() is model:
+            self.slimming.restore_zeros(model)
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -77,6 +88,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if self.slimming is not None:
             self.slimming.close()
         self.slimming = None
+        self._trained = weakref.ref(model)
         refuse_two_settings(args, self.config)  # again, since a hyperparameter search changes the arguments
         refuse_strategy(model, args)
         self.processes = args.world_size

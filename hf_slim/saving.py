@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -112,6 +113,10 @@ def save_slimmed(
     _warn_of_early_end(trainer)
     target = run_in_first_process(lambda: check_folder(output_dir))
 
+    callback = _find_callback(trainer)
+    if callback is not None and trainer is not None:
+        callback.restore_zeros(trainer.model)
+    slimming = _find_slimming(trainer)
     live = find_live(model)
     batch = find_batch(trainer, model) if trainer is not None and verify is True else None
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
@@ -120,6 +125,8 @@ def save_slimmed(
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
             slim, report, inputs = _slim(slim, multiple, verify, live, batch, is_copy=not own)
+            if slimming is not None:
+                report = replace(report, unproven=(*report.unproven, *sorted(slimming.unproven)))
             metrics = _metrics(trainer)
             written = _write_folder(target, slim, report, name, processing_class, inputs, metrics, max_shard_size)
         if push_to_hub:
@@ -283,9 +290,14 @@ def _round_to(trainer: Trainer | None) -> int:
     return settings.slim_round_to if isinstance(settings, SlimConfig) else SlimConfig().slim_round_to
 
 
-def _find_slimming(trainer: Trainer | None) -> Slimming | None:
+def _find_callback(trainer: Trainer | None) -> SlimTrainerCallback | None:
     callbacks = trainer.callback_handler.callbacks if trainer is not None else []
-    return next((c.slimming for c in callbacks if isinstance(c, SlimTrainerCallback)), None)
+    return next((callback for callback in callbacks if isinstance(callback, SlimTrainerCallback)), None)
+
+
+def _find_slimming(trainer: Trainer | None) -> Slimming | None:
+    callback = _find_callback(trainer)
+    return callback.slimming if callback is not None else None
 
 
 def _warn_of_early_end(trainer: Trainer | None) -> None:

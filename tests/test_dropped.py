@@ -8,7 +8,7 @@ from test_live import EVERY, dropout_free, shapes
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
-from hf_slim import find_structures, model_slim
+from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.copies import find_copy
 from hf_slim.masking import MaskedUnits, find_zero_units
 
@@ -287,3 +287,35 @@ def test_a_copy_needs_all_tensors_of_a_structure():
     assert find_copy(model, structures, [holder]) == (
         "Swa keeps a copy of the weights of bert.encoder.layer.0.output.dense"
     )
+
+
+def test_averages_written_back_after_training_are_not_saved(tmp_path, told):
+    """`save_slimmed(trainer)` goes by the masks of the training, whatever has become of the weights since."""
+    trainer, counts = prepare(tmp_path, live=False, callbacks=[Averages()])
+    trainer.train()
+    assert counts.count() > 0  # the averages came after the last look of ours
+    report = save_slimmed(trainer, tmp_path / "slim")
+    assert counts.count() == 0
+    assert [message for message in told if "have come back" in message]
+    masks = slim_callback(trainer).masks
+    assert {s.name: s.after for s in report.structures} == {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def test_another_model_in_the_trainer_is_left_alone(tmp_path, told):
+    trainer, _ = prepare(tmp_path, live=False)
+    trainer.train()
+    trainer.model = build("bert", seed=5)
+    before = weights(trainer.model)
+    report = save_slimmed(trainer, tmp_path / "slim")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+    assert report.parameters_after == report.parameters_before
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_no_batch_proved_is_in_the_report(live, tmp_path, monkeypatch):
+    trainer, _ = prepare(tmp_path, live=live)
+    trainer.train()
+    name = "bert.encoder.layer.0.output.dense"
+    if live:
+        monkeypatch.setattr(type(slim_callback(trainer).slimming), "unproven", {name})
+    assert save_slimmed(trainer, tmp_path / "slim").unproven == ((name,) if live else ())

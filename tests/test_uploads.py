@@ -1,5 +1,6 @@
 """Uploads to a Hub on this machine: what arrives, and what is left here when it fails half way."""
 
+import base64
 import json
 import os
 import subprocess
@@ -289,3 +290,39 @@ def test_the_hub_fields_of_the_arguments_count_where_the_caller_gives_none(
     made = [path.rpartition("/")[2] for path, _ in server.calls if "/branch/" in path]
     assert made == ([branch] if branch.startswith("v") else [])
     assert f'from_pretrained("me/{name}")' in (tmp_path / "slim" / "README.md").read_text()
+
+
+STOCK_PUSHES = {
+    "model.push_to_hub": "model_slim(ragged()).push_to_hub('me/slim-bert', token='secret')",
+    "save_pretrained": "model_slim(ragged()).save_pretrained(folder, push_to_hub=True, repo_id='me/slim-bert', "
+    "token='secret')",
+    "Trainer.push_to_hub": "Trainer(model_slim(ragged()), TrainingArguments(folder, hub_token='secret', "
+    "hub_model_id='me/slim-bert', report_to='none', use_cpu=True)).push_to_hub()",
+}
+STOCK_PUSH = """
+import sys
+from conftest import build, half_masks
+from transformers import Trainer, TrainingArguments
+from hf_slim import find_structures, model_slim
+from hf_slim.masking import zero_units
+
+def ragged():
+    model = build("bert")
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    return model
+
+folder = sys.argv[1]
+"""
+
+
+@pytest.mark.parametrize("how", STOCK_PUSHES)
+def test_stock_pushes_are_portable(how, tmp_path):
+    """They upload the resizing file, and an `auto_map` that names it."""
+    _, server = upload(tmp_path / "slim", STOCK_PUSH + STOCK_PUSHES[how])
+    commits = [body for path, body in server.calls if "/commit/" in path]
+    lines = [json.loads(line) for body in commits for line in body.splitlines()[1:]]
+    files = {line["value"]["path"]: line["value"] for line in lines if line["key"] == "file"}
+    assert {"config.json", "model.safetensors", "modeling_hf_slim.py"} <= files.keys()
+    config = json.loads(base64.b64decode(files["config.json"]["content"]))
+    assert config["auto_map"]["AutoModel"] == "modeling_hf_slim.BertModel" and "hf_slim" in config

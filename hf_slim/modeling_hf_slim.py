@@ -268,7 +268,9 @@ def _cut(model: PreTrainedModel, module: nn.Module, leaf: str, shape: tuple[int,
 
 def _note(module: nn.Module, where: str, name: str, value: Any) -> None:
     """Note what a config gives a module, once; a copy of the module keeps what it has noted."""
-    module.__dict__[where] = {name: value, **module.__dict__.get(where, {})}
+    noted = dict(module.__dict__.get(where, {}))
+    noted.setdefault(name, value)
+    module.__dict__[where] = noted
 
 
 def _where(config: Any) -> str:

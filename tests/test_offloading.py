@@ -77,7 +77,7 @@ def test_an_offloaded_model_is_put_back_where_it_was_kept(name, where, tmp_path,
     parameters = dict(offloaded.named_parameters())
     with monkeypatch.context() as patch:
         if where == "record":
-            patch.setattr("hf_slim.proof.set_shape_record", lambda _: 1 / 0)
+            patch.setattr("hf_slim.proof.record_shapes", lambda *_: 1 / 0)
         else:
             patch.setattr("hf_slim.verification.TOLERANCES", {torch.float32: -1.0, torch.float64: -1.0})
         with pytest.raises(ZeroDivisionError if where == "record" else VerificationError):

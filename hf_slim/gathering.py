@@ -111,8 +111,8 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome)
-    # Gloo's own thread lets go of what was broadcast, and waits for Python for that: if the processes end meanwhile, they
-    # wait for each other for ever. By the end of a barrier, which has nothing to let go of, it is done.
+    # Gloo's own thread lets go of what was broadcast, and waits for Python for that: a process that ends meanwhile
+    # waits for the thread for ever. By the end of a barrier, which has nothing to let go of, it is done.
     dist.barrier()
     if failure is not None:
         raise failure

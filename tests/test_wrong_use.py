@@ -159,28 +159,23 @@ def on_meta():
         return transformers.BertModel(build("bert").config)
 
 
-def from_record(record, **config):
-    fields = build("bert").config.to_dict()
-    fields |= {"slim": record, "architectures": ["BertForSequenceClassification"], **config}
+def from_record(record):
+    fields = build("bert").config.to_dict() | {"hf_slim": record}
     return transformers.BertForSequenceClassification(transformers.BertConfig(**fields))
 
 
-def units(**changes):
-    return {"version": 1, "units": {"encoder.layer.0.output.dense": 8, **changes}}
+WEIGHT = "encoder.layer.1.output.dense.weight"
+
+
+def shapes(name=WEIGHT, shape=(32, 8), **changes):
+    names = {"version": 1, "model": "BertForSequenceClassification", "base": "BertModel"}
+    return {**names, "shapes": {name: list(shape)}, "attributes": {}, "infer": [], **changes}
 
 
 def keep_none():
     model = build("bert")
     structures = find_structures(model).structures
     compact_model(model, structures, {s.name: torch.zeros(s.units, dtype=torch.bool) for s in structures})
-
-
-def grow():
-    config = build("bert").config
-    shapes = {"encoder.layer.0.output.dense.weight": [32, 65]}
-    names = {"model": "BertForSequenceClassification", "base": "BertModel"}
-    config.hf_slim = {"version": 1, **names, "shapes": shapes, "attributes": {}, "infer": []}
-    transformers.AutoModelForSequenceClassification.from_config(config)
 
 
 def schedule(**changes):
@@ -486,7 +481,6 @@ CALLS = {
         ValueError,
         "the mask keeps none of the 4 units; keep one at least",
     ),
-    "resize: more than there is": (lambda _: grow(), ValueError, "but the other fields make it"),
     "latency: no repeats": (
         lambda _: measure_latency({}, {}, repeats=0),
         ValueError,
@@ -568,49 +562,51 @@ CALLS = {
         "processing_class must be a tokenizer or processor, which have save_pretrained, got str",
     ),
     # Shape records.
-    "record: a list": (
-        lambda _: from_record([8, 8]),
+    "record: no version": (
+        lambda _: from_record({"shapes": {}}),
         ValueError,
-        r"The key 'slim' in the config is not a shape record of hf_slim: \[8, 8\]",
+        "The shape record in the config is damaged: its version is None",
     ),
-    "record: a switch": (lambda _: from_record(True), ValueError, "is not a shape record of hf_slim: True"),
-    "record: no version": (lambda _: from_record({"units": {}}), ValueError, "is not a shape record of hf_slim"),
     "record: a version of text": (
-        lambda _: from_record(units() | {"version": "1"}),
+        lambda _: from_record(shapes(version="1")),
         ValueError,
-        "is not a shape record",
+        "is damaged: its version is '1'",
     ),
     "record: a newer version": (
-        lambda _: from_record(units() | {"version": 2}),
+        lambda _: from_record(shapes(version=2)),
         ValueError,
         "is of version 2, but this hf_slim reads up to 1: upgrade it",
     ),
-    "record: no units": (lambda _: from_record({"version": 1}), ValueError, "has no table of units"),
-    "record: a list of units": (lambda _: from_record({"version": 1, "units": [8]}), ValueError, "no table of units"),
-    "record: negative units": (
-        lambda _: from_record(units(**{"encoder.layer.1.output.dense": -8})),
+    "record: no shapes": (lambda _: from_record({"version": 1}), ValueError, "is damaged: its shapes are None"),
+    "record: a list of shapes": (
+        lambda _: from_record(shapes(shapes=[[8]])),
         ValueError,
-        "gives encoder.layer.1.output.dense -8 units, not a whole number from 1",
+        r"is damaged: its shapes are \[\[8\]\]",
     ),
-    "record: a fraction of units": (
-        lambda _: from_record(units(**{"encoder.layer.1.output.dense": 8.0})),
+    "record: a negative size": (
+        lambda _: from_record(shapes(shape=[32, -8])),
         ValueError,
-        "gives encoder.layer.1.output.dense 8.0 units, not a whole number from 1",
+        r"is damaged: it gives encoder.layer.1.output.dense.weight the shape \[32, -8\]",
     ),
-    "record: more units than there are": (
-        lambda _: from_record(units(**{"encoder.layer.1.output.dense": 65})),
+    "record: a fraction": (
+        lambda _: from_record(shapes(shape=[32, 8.0])),
         ValueError,
-        "does not fit the model: .*layer.1.output.dense has 64 units, so it cannot be given 65",
+        r"is damaged: it gives encoder.layer.1.output.dense.weight the shape \[32, 8.0\]",
+    ),
+    "record: more than there is": (
+        lambda _: from_record(shapes(shape=[32, 65])),
+        ValueError,
+        r"does not fit: it gives Linear.weight the shape \(32, 65\), but the other fields make it \(32, 64\)",
     ),
     "record: an unknown layer": (
-        lambda _: from_record(units(**{"encoder.layer.7.output.dense": 8})),
+        lambda _: from_record(shapes("encoder.layer.7.output.dense.weight")),
         ValueError,
-        "names modules that BertModel does not have: encoder.layer.7.output.dense",
+        "names what BertModel does not have: encoder.layer.7.output.dense",
     ),
     "record: an unknown module": (
-        lambda _: from_record(units(elsewhere=8), architectures=["BertForMaskedLM"]),
+        lambda _: from_record(shapes("elsewhere.weight")),
         ValueError,
-        "names modules that BertForMaskedLM does not have: elsewhere. The config belongs to another model",
+        "names what BertModel does not have: elsewhere. The config belongs to another model",
     ),
     # The command.
     "command: an infinite step": (

@@ -51,10 +51,12 @@ def resize(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If a record is damaged or of a newer version, or does not fit the model.
     """
-    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        record = read_record(part.config)
-        if record is not None:
-            _apply(part, record)
+    # Models are built under a device context, which has Python look at every access to a tensor.
+    with torch._C.DisableTorchFunction():
+        for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+            record = read_record(part.config)
+            if record is not None:
+                _apply(part, record)
 
 
 def is_record(value: Any) -> bool:
@@ -261,16 +263,19 @@ def _cut(model: PreTrainedModel, module: nn.Module, leaf: str, shape: tuple[int,
         )
     _note(module, DENSE_SHAPES, leaf, before)
     data = tensor.data
-    tensor.data = data.new_empty(shape) if data.is_meta else data[tuple(slice(0, size) for size in shape)].clone()
+    if data.is_meta:
+        tensor.data = torch.empty(shape, dtype=data.dtype, device="meta")
+    else:
+        tensor.data = data[tuple(slice(0, size) for size in shape)].clone()
     if leaf == "weight":
         set_sizes(module)
 
 
 def _note(module: nn.Module, where: str, name: str, value: Any) -> None:
     """Note what a config gives a module, once; a copy of the module keeps what it has noted."""
-    noted = dict(module.__dict__.get(where, {}))
-    noted.setdefault(name, value)
-    module.__dict__[where] = noted
+    noted = module.__dict__.get(where, {})
+    if name not in noted:
+        module.__dict__[where] = {**noted, name: value}
 
 
 def _where(config: Any) -> str:

@@ -37,6 +37,7 @@ def attending(trainer: Trainer) -> Iterator[None]:
     callback.trainer = trainer
     try:
         yield
+        callback.restore_zeros(trainer.model)  # callbacks after ours, and what a trainer does after all of them
     except RuntimeError as error:
         slimming = callback.slimming
         has_removed = slimming is not None and slimming.live is not None and slimming.live.has_removed

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
+import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -35,6 +36,7 @@ from .structures import (
     Skipped,
     Structure,
     UnaccountedError,
+    get_module,
     get_tensor,
 )
 
@@ -95,7 +97,7 @@ def find_structures(model: nn.Module) -> Discovery:
                     skipped.append(Skipped(path, "ffn", str(reason)))
     structures += join_blocks(joint, skipped)
     structures = join_by_tables(model, structures, skipped)
-    for find_reason in (find_obstacle, partial(_find_shared, _find_owners(model)), _find_read_above):
+    for find_reason in (find_obstacle, partial(_find_shared, _find_names(model)), _find_read_above):
         structures = _refuse(model, structures, skipped, find_reason)
     skipped += _find_unknown(model, structures, skipped)
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
@@ -218,22 +220,37 @@ def _refuse(
     return [structure for structure, reason in reasons if reason is None]
 
 
-def _find_shared(owners: Mapping[int, set[int]], model: nn.Module, structure: Structure) -> str | None:
-    """The reason, if another module uses one of its parameters as well."""
+def _find_shared(names: _Names, model: nn.Module, structure: Structure) -> str | None:
+    """The reason, if another module uses one of its parameters as well.
+
+    A module that holds the whole structure may have several names: then all of it has.
+    """
+    around = os.path.commonprefix([f"{member.tensor.rpartition('.')[0]}." for member in structure.members])
+    path = around.rpartition(".")[0]
+    others = names.modules[id(get_module(model, path))]
     for member in structure.members:
-        if len(owners.get(id(get_tensor(model, member.tensor)), ())) > 1:
+        tensor = get_tensor(model, member.tensor)
+        inside = member.tensor[len(path) + 1 :] if path else member.tensor
+        if names.tensors.get(id(tensor), set()) - {join(other, inside) for other in others}:
             return f"{member.tensor} is used by more than one module, so that it cannot get a size of its own"
     return None
 
 
-def _find_owners(model: nn.Module) -> dict[int, set[int]]:
-    """For each parameter the modules that have it as their own, all by id."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
+class _Names(NamedTuple):
+    """All dotted names of parameters and modules, by id."""
+
+    tensors: dict[int, set[str]]
+    modules: dict[int, set[str]]
+
+
+def _find_names(model: nn.Module) -> _Names:
+    names = _Names({}, {})
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.modules.setdefault(id(module), set()).add(path)
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
-    return owners
+                names.tensors.setdefault(id(parameter), set()).add(join(path, name))
+    return names
 
 
 def _find_read_above(model: nn.Module, structure: Structure) -> str | None:

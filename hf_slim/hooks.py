@@ -47,19 +47,27 @@ def hook_models(module: ModuleType) -> None:
         build(self)
         if _KEY in self.config.__dict__:
             from .modeling_hf_slim import resize
+            from .record import forget_remote_code
 
-            resize(self)
+            resize(self, is_whole=type(self).__module__.startswith("transformers."))
+            forget_remote_code(self.config)
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+            loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             from .weight_files import find_damaged_weights
 
             damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
             names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
             raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if _KEY in model.config.__dict__:
+            from .modeling_hf_slim import resize
+
+            resize(model)  # which finds everything done, or a name that is nowhere in it
+        return loaded
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +160,10 @@ def hook_training(module: ModuleType) -> None:
 
     @functools.wraps(run)
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _has_slim_models():
+            from .optimizer_state import refuse_other_sizes
+
+            refuse_other_sizes(self.optimizer)
         if not _is_slimming(self.callback_handler.callbacks):
             return run(self, resume_from_checkpoint, *args, **kwargs)
         from .attending import attending

@@ -40,13 +40,14 @@ def __getattr__(name: str) -> Any:
     return _resizing(name)
 
 
-def resize(model: PreTrainedModel) -> None:
+def resize(model: PreTrainedModel, *, is_whole: bool = True) -> None:
     """Give a freshly built model, and every model in it, the sizes that its config records.
 
     A part that the model does not have is passed over, and nothing is done twice.
 
     Args:
         model: The model; changed in place.
+        is_whole: Whether all of it is there: a subclass may add layers after the class that it inherits from is done.
 
     Raises:
         ValueError: If a record is damaged or of a newer version, or does not fit the model.
@@ -56,7 +57,7 @@ def resize(model: PreTrainedModel) -> None:
         for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
             record = read_record(part.config)
             if record is not None:
-                _apply(part, record)
+                _apply(part, record, is_whole=is_whole or part is not model)
 
 
 def is_record(value: Any) -> bool:
@@ -193,7 +194,7 @@ class ConfigView:
         return getattr(self._config, name)
 
 
-def _apply(model: PreTrainedModel, record: Any) -> None:
+def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
     base_path, base = find_base(model)
     classes = {kind.__name__ for kind in type(model).__mro__}
     missing = []
@@ -211,22 +212,23 @@ def _apply(model: PreTrainedModel, record: Any) -> None:
             missing.append(name)
         return module
 
-    tensors = [(find(path), leaf, shape) for path, leaf, shape in map(_split, record["shapes"].items())]
+    tensors = []
+    for name, shape in record["shapes"].items():
+        path, _, leaf = name.rpartition(".")
+        module = find(path)
+        if module is not None and _find_tensor(module, leaf) is not None:
+            tensors.append((module, leaf, tuple(shape)))
+        elif module is not None:
+            missing.append(name)
     numbers = [(find(path), values) for path, values in record["attributes"].items()]
     infer = [find(path) for path in record["infer"]]
-    missing += [
-        f"{path}.{leaf}"
-        for (module, leaf, _), (path, _, _) in zip(tensors, map(_split, record["shapes"].items()), strict=True)
-        if module is not None and not isinstance(_find_tensor(module, leaf), torch.Tensor)
-    ]
-    if missing:
+    if missing and is_whole:
         raise ValueError(
             f"The shape record in {_where(model.config)} names what {type(model).__name__} does not have: "
             f"{', '.join(sorted(set(missing)))}. The config belongs to another model, or was edited."
         )
     for module, leaf, shape in tensors:
-        if module is not None:
-            _cut(model, module, leaf, tuple(shape))
+        _cut(model, module, leaf, shape)
     for module, values in numbers:
         for name, value in values.items() if module is not None else ():
             if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
@@ -239,11 +241,6 @@ def _apply(model: PreTrainedModel, record: Any) -> None:
     for module in infer:
         if module is not None:
             infer_widths(module)
-
-
-def _split(item: tuple[str, Any]) -> tuple[str, str, Any]:
-    path, _, leaf = item[0].rpartition(".")
-    return path, leaf, item[1]
 
 
 def _find_tensor(module: nn.Module, leaf: str) -> Any:

@@ -35,15 +35,17 @@ def find_state_slices(optimizer: Any, model: nn.Module, places: Iterable[Place])
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     held = {id(p) for group in inner.param_groups for p in group["params"]} if inner is not None else set()
+    own = {id(parameter) for parameter in model.parameters()}
     slices: dict[Place, list[tuple[str, int]]] = {}
     problems: dict[Place, str] = {}
     for name, dim in places:
         parameter = get_tensor(model, name)
         slices[name, dim] = []
-        if inner is None or not parameter.requires_grad:
+        if inner is None:
             continue
         if id(parameter) not in held:
-            problems[name, dim] = f"{type(inner).__name__} has no {name} in its param_groups"
+            if parameter.requires_grad and not held <= own:  # it may hold copies in place of the model's parameters
+                problems[name, dim] = f"{type(inner).__name__} has no {name} in its param_groups"
             continue
         for key, value in inner.state.get(parameter, {}).items():
             where = _find_dimension(key, value, parameter.shape, dim)
@@ -96,6 +98,32 @@ def zero_state(
 def has_state(optimizer: Any) -> bool:
     """Whether an optimizer keeps anything yet; most begin at their first step."""
     return bool(getattr(optimizer, "optimizer", optimizer).state)
+
+
+def refuse_other_sizes(optimizer: Any) -> None:
+    """Refuse an optimizer whose state is larger than its parameters, as it is when a model was made smaller since.
+
+    Fused optimizers do not look at shapes, and would go on with what belongs to other weights.
+
+    Args:
+        optimizer: A torch optimizer, in whatever accelerate wraps around it; None for none.
+
+    Raises:
+        ValueError: If there is such a state.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups if inner is not None else ():
+        for parameter in group["params"]:
+            for key, value in inner.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor) or value.dim() != parameter.dim():
+                    continue
+                if any(size > left for size, left in zip(value.shape, parameter.shape, strict=True)):
+                    raise ValueError(
+                        f"The model was made smaller after {type(inner).__name__} had begun: its state {key!r} has "
+                        f"the shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}. Train on with "
+                        "an optimizer that is made anew: trainer.optimizer = trainer.lr_scheduler = None, or another "
+                        "Trainer."
+                    )
 
 
 def _find_dimension(key: str, value: Any, shape: torch.Size, dim: int) -> int | None:

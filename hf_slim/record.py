@@ -163,6 +163,13 @@ def has_remote_code(config: PreTrainedConfig) -> bool:
     return any(_is_remote(target) for target in targets)
 
 
+def forget_remote_code(config: PreTrainedConfig) -> None:
+    """Let a config that was read not name the resizing file, which is only there where it is written along."""
+    there = config.__dict__.get("auto_map")
+    if there and all(_is_remote(target) for target in there.values()):
+        del config.auto_map
+
+
 def _is_remote(target: Any) -> bool:
     return isinstance(target, str) and target.rpartition("--")[2].partition(".")[0] == REMOTE_MODULE
 

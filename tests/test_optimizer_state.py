@@ -117,6 +117,8 @@ def test_a_square_factor_without_a_telling_name():
 def test_a_parameter_that_the_optimizer_does_not_hold():
     layer, _ = trained(torch.optim.SGD)
     optimizer = torch.optim.SGD([layer.bias], lr=0.1)
+    assert find_state_slices(optimizer, layer, PLACES)[1] == {}  # it knows nothing of the weight
+    optimizer = torch.optim.SGD([layer.weight.detach().clone(), layer.bias], lr=0.1)  # it steps on a copy
     assert find_state_slices(optimizer, layer, PLACES)[1] == {
         ("weight", 0): "SGD has no weight in its param_groups",
         ("weight", 1): "SGD has no weight in its param_groups",

@@ -71,6 +71,7 @@ class Proof:
         self.batches = batches
         self._model = model
         self._reached: set[nn.Module] = set()
+        self._readers: dict[nn.Module, str] = {}  # with the names of their weights
         with _watching(model, self._reached):
             self.outputs = self._run(torch.float32)
 
@@ -95,7 +96,10 @@ class Proof:
             BaseException: What is raised meanwhile; the model is then as before.
         """
         cuts = Cuts(self._model, shared=shared)
-        computed = {torch.float32: self.outputs}
+        computed: dict[torch.dtype, Outputs] = {}
+        self._readers = {
+            get_module(self._model, _owners(m.tensor)[0]): m.tensor for s in structures for m in s.outputs
+        }
 
         def run_masked(dtype: torch.dtype) -> Outputs:
             if dtype not in computed:
@@ -149,10 +153,23 @@ class Proof:
         )
 
     def _run(self, dtype: torch.dtype) -> Outputs:
+        """What the model gives, and what the layers that read the units do: later ones may hide a difference."""
         found: Outputs = {}
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and is_comparable(output):
+                inner[f"what {self._readers[module]} makes, call {len(inner)}"] = output.clone()
+
         for number, (module, batch) in enumerate(self.batches.items()):
+            inner: Outputs = {}
             prefix = f"{type(module).__name__} {number}: " if len(self.batches) > 1 else ""
-            found |= {f"{prefix}{name}": value for name, value in compute_outputs(module, batch, dtype).items()}
+            handles = [reader.register_forward_hook(keep) for reader in self._readers]
+            try:
+                outputs = {**compute_outputs(module, batch, dtype), **inner}
+            finally:
+                for handle in handles:
+                    handle.remove()
+            found |= {f"{prefix}{name}": value for name, value in outputs.items()}
         return found
 
     def _run_slim(self, dtype: torch.dtype) -> Outputs:

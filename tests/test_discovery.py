@@ -200,3 +200,20 @@ def test_one_group_that_is_left_stays_one_unit():
     structures = find_structures(model).of_kind("mha")
     compact_model(model, structures, {s.name: torch.arange(s.units) < 1 for s in structures})
     assert [s.units for s in find_structures(model).of_kind("mha")] == [1, 1]
+
+
+@pytest.mark.parametrize("shared", ["attention.self.query", "intermediate.dense", "output", "attention.self"])
+def test_modules_that_two_blocks_share(shared):
+    """They belong to both, so that neither can get sizes of its own; a whole block that two names have can."""
+    model = build("bert")
+    first, second = model.bert.encoder.layer
+    parent, _, name = shared.rpartition(".")
+    setattr(second.get_submodule(parent), name, first.get_submodule(shared))
+    kind = "mha" if "attention" in shared else "ffn"
+    found = find_structures(model)
+    assert found.of_kind(kind) == ()
+    assert all("is used by more than one module" in s.reason for s in found.skipped) and found.skipped
+    model = build("bert")
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    found = find_structures(model)
+    assert [s.kind for s in found.structures] == ["mha", "ffn"] and found.skipped == ()

@@ -289,11 +289,22 @@ def test_a_copy_needs_all_tensors_of_a_structure():
     )
 
 
-def test_averages_written_back_after_training_are_not_saved(tmp_path, told):
-    """`save_slimmed(trainer)` goes by the masks of the training, whatever has become of the weights since."""
+def test_averages_written_back_after_our_callback(tmp_path, told):
+    """Zeros are looked at once more when all callbacks are done."""
     trainer, counts = prepare(tmp_path, live=False, callbacks=[Averages()])
     trainer.train()
-    assert counts.count() > 0  # the averages came after the last look of ours
+    assert counts.count() == 0
+    assert [message for message in told if "have come back" in message]
+
+
+def test_averages_written_back_after_training_are_not_saved(tmp_path, told):
+    """`save_slimmed(trainer)` goes by the masks of the training, whatever has become of the weights since."""
+    trainer, counts = prepare(tmp_path, live=False)
+    before = weights(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        parameter.data.lerp_(before[name], 0.5)
+    assert counts.count() > 0
     report = save_slimmed(trainer, tmp_path / "slim")
     assert counts.count() == 0
     assert [message for message in told if "have come back" in message]
@@ -319,3 +330,39 @@ def test_what_no_batch_proved_is_in_the_report(live, tmp_path, monkeypatch):
     if live:
         monkeypatch.setattr(type(slim_callback(trainer).slimming), "unproven", {name})
     assert save_slimmed(trainer, tmp_path / "slim").unproven == ((name,) if live else ())
+
+
+class Freezes(TrainerCallback):
+    """Freezes a layer for some steps, in which units leave it."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step in (4, 8):
+            model.bert.encoder.layer[0].requires_grad_(state.global_step == 8)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_a_layer_that_is_frozen_for_a_while(optim, tmp_path):
+    """The state that the optimizer holds for it is cut with it."""
+    settings = {"slim_start": 2, "slim_end": 8, "slim_frequency": 1, "slim_criterion": "magnitude", "optim": optim}
+    trainers = []
+    for live in (True, False):
+        trainer, _ = prepare(tmp_path / str(live), live=live, callbacks=[Freezes()], **settings)
+        trainer.train()
+        trainers.append(trainer)
+    live, masked = trainers
+    for parameter, state in live.optimizer.optimizer.state.items():
+        assert {v.shape for v in state.values() if torch.is_tensor(v) and v.dim()} <= {parameter.shape}
+    model_slim(masked.model, 1)
+    for name, tensor in weights(masked.model).items():
+        torch.testing.assert_close(weights(live.model)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_training_on_with_an_optimizer_from_before_is_refused(tmp_path):
+    trainer, _ = prepare(tmp_path, live=False)
+    trainer.train()
+    save_slimmed(trainer, tmp_path / "slim", inplace=True)
+    message = r"The model was made smaller after AdamW had begun: its state 'exp_avg' has the shape .* made anew"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()

@@ -747,3 +747,22 @@ def test_norms_that_cast_to_float32_are_no_difference():
     assert plain > 1e-8 * logits(model, batch).abs().max()
     compare_models(model, slim, batch)
     assert len(find_structures(model_slim(model, 1)).structures) == 4
+
+
+def test_what_the_outputs_hide_is_refused():
+    """A head of zeros gives zeros whatever the layers compute: those that read the units are compared, too."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def mix(module, query, key, value, mask, **keywords):
+        output, weights = sdpa_attention_forward(module, query, key, value, mask, **keywords)
+        return output.roll(1, 2), weights
+
+    AttentionInterface.register("mixes_heads", mix)
+    model = build("bert")
+    model.classifier.weight.data.zero_()
+    model.set_attn_implementation("mixes_heads")
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
+    with pytest.raises(VerificationError, match="what .*attention.output.dense.weight makes, call"):
+        model_slim(model, 1)

@@ -388,3 +388,33 @@ def test_no_dense_weight_is_made_to_load_a_slim_model(family, tmp_path):
         with Watching() as watching:
             type(slim).from_pretrained(tmp_path, **keywords)
         assert not watching.made & (shapes[0] - shapes[1])
+
+
+class Extra(transformers.BertForSequenceClassification):
+    """Adds a layer after the class that it inherits from is done."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = transformers.models.bert.modeling_bert.BertLayer(config)
+        self.post_init()
+
+    def forward(self, input_ids=None, **kwargs):
+        hidden = self.extra(self.bert(input_ids).last_hidden_state)
+        return {"logits": self.classifier((hidden[0] if isinstance(hidden, tuple) else hidden)[:, 0])}
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_layers_added_by_a_subclass(uniform, tmp_path):
+    model = Extra(build("bert").config).eval()
+    structures = find_structures(model).structures
+    assert any(s.name.startswith("extra.") for s in structures)
+    order = {s.name: number for number, s in enumerate(structures)}
+    keep = (lambda s: s.units // 2) if uniform else (lambda s: s.units // 2 - order[s.name] % 2)
+    zero_units(model, structures, half_masks(structures, keep=keep))
+    model_slim(model, 1)
+    model.save_pretrained(tmp_path)
+    state = Extra.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    edit(tmp_path, lambda r: set_shape(r, [8], "../nowhere.weight"))
+    with pytest.raises(ValueError, match="names what Extra does not have: ../nowhere"):
+        Extra.from_pretrained(tmp_path)

@@ -121,8 +121,7 @@ def refuse_other_sizes(optimizer: Any) -> None:
                     raise ValueError(
                         f"The model was made smaller after {type(inner).__name__} had begun: its state {key!r} has "
                         f"the shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}. Train on "
-                        "with an optimizer that is made anew: trainer.optimizer = trainer.lr_scheduler = None, or a new "
-                        "Trainer."
+                        "with an optimizer that is made anew (trainer.optimizer = trainer.lr_scheduler = None)."
                     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -21,7 +22,7 @@ from .structures import Structure, get_module, get_tensor
 
 _LIMIT = 50_000_000
 """Elements of a copy; one of a larger module gets so many units only."""
-_BATCH, _LENGTH = 2, 5
+_BATCH, _LENGTH, _LONG = 2, 5, 40
 _DTYPE = torch.float64
 _TOLERANCE = 1e-5
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -71,13 +72,19 @@ def _probe(module: nn.Module, structure: Structure) -> str | None:
     first = _choose(structure.units, few, generator)
     half, one = _choose(few, few // 2, generator), _choose(few, 1, generator)
     masks = (half, ~half, ~one) if few > 2 else (half, ~half)
-    return next((reason for mask in masks if (reason := _compare(module, structure, first, mask))), None)
+    reason = next((reason for mask in masks if (reason := _compare(module, structure, first, mask, _LENGTH))), None)
+    if reason is None:
+        with contextlib.suppress(InconclusiveError):  # it may take short inputs only
+            reason = _compare(module, structure, first, half, _LONG)
+    return reason
 
 
 Run = Callable[[nn.Module], torch.Tensor]
 
 
-def _compare(module: nn.Module, structure: Structure, first: torch.Tensor, mask: torch.Tensor) -> str | None:
+def _compare(
+    module: nn.Module, structure: Structure, first: torch.Tensor, mask: torch.Tensor, length: int
+) -> str | None:
     """Compare what a copy computes with some of its units zero and without them.
 
     Args:
@@ -85,6 +92,7 @@ def _compare(module: nn.Module, structure: Structure, first: torch.Tensor, mask:
         structure: Its structure.
         first: The units that the copy has.
         mask: Of these the units that are kept.
+        length: Of the hidden states.
 
     Returns:
         What the difference is, None if there is none.
@@ -97,7 +105,7 @@ def _compare(module: nn.Module, structure: Structure, first: torch.Tensor, mask:
         structure = _cut(copied, structure, first)
     generator = torch.Generator("cpu").manual_seed(1)
     _fill(copied, generator)
-    run = _find_run(copied, structure, generator)
+    run = _find_run(copied, structure, generator, length)
     whole = run(copied)
     for member in structure.deciders:
         get_tensor(copied, member.tensor).data.index_fill_(member.dim, member.index[~mask].flatten(), 0)
@@ -192,16 +200,16 @@ def _choose(units: int, kept: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(units, generator=generator, device="cpu") < kept
 
 
-def _find_run(module: nn.Module, structure: Structure, generator: torch.Generator) -> Run:
+def _find_run(module: nn.Module, structure: Structure, generator: torch.Generator, length: int) -> Run:
     """The first way of calling a module that works."""
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in (0, 1, 3)]
     if not parameters or parameters[0].kind == 3:
         raise InconclusiveError("its forward takes no hidden states")
     needed = [p for p in parameters[1:] if p.default is p.empty]
-    shapes = list(dict.fromkeys(_shapes(module, structure)))
+    shapes = list(dict.fromkeys(_shapes(module, structure, length)))
     for shape, alike in product(shapes, (False, True) if needed else (False,)):
         first = torch.randn(shape, generator=generator, dtype=_DTYPE, device="cpu")
-        others = {p.name: _make(p.name, first, structure, module, generator, alike=alike) for p in needed}
+        others = {p.name: _make(p.name, first, length, structure, module, generator, alike=alike) for p in needed}
         positional = [others.pop(p.name) for p in needed if p.kind == 0]
         run = _Run([first, *positional], others)
         try:
@@ -238,7 +246,7 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(output.values()))
 
 
-def _shapes(module: nn.Module, structure: Structure) -> Iterator[tuple[int, ...]]:
+def _shapes(module: nn.Module, structure: Structure, length: int) -> Iterator[tuple[int, ...]]:
     """The shapes that hidden states may have."""
     output = structure.outputs[0]
     for member in (output, *(m for m in structure.members if m.role == "input")):
@@ -247,27 +255,34 @@ def _shapes(module: nn.Module, structure: Structure) -> Iterator[tuple[int, ...]
         if isinstance(owner, _ConvNd):
             width = owner.in_channels if member is not output else owner.out_channels
             yield (_BATCH, width, *[8] * (tensor.dim() - 2))
-            yield (_BATCH, _LENGTH, width)
+            yield (_BATCH, length, width)
         elif tensor.dim() == 2:
             width = tensor.shape[1 - member.dim]
-            yield (_BATCH, _LENGTH, width)
+            yield (_BATCH, length, width)
             yield (_BATCH, width)
             yield (_BATCH, 4, 4, width)
-            yield (_BATCH, width, _LENGTH)
+            yield (_BATCH, width, length)
 
 
 def _make(
-    name: str, first: torch.Tensor, structure: Structure, module: nn.Module, generator: torch.Generator, *, alike: bool
+    name: str,
+    first: torch.Tensor,
+    length: int,
+    structure: Structure,
+    module: nn.Module,
+    generator: torch.Generator,
+    *,
+    alike: bool,
 ) -> Any:
     """A value for an argument that a module asks for beside the hidden states."""
     if "position" in name and "embed" in name or "rotary" in name or "freqs" in name:
         sizes = [m.__dict__["head_dim"] for m in module.modules() if type(m.__dict__.get("head_dim")) is int]
         size = sizes[0] if sizes else structure.outputs[0].index.shape[1]
-        angles = torch.randn(1, _LENGTH, size // 2, generator=generator, dtype=first.dtype, device="cpu")
+        angles = torch.randn(1, length, size // 2, generator=generator, dtype=first.dtype, device="cpu")
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos(), angles.sin())
     if "position" in name:
-        return torch.arange(_LENGTH, device="cpu")[None]
+        return torch.arange(length, device="cpu")[None]
     if alike or any(part in name for part in _STATES):
         return torch.randn(first.shape, generator=generator, dtype=first.dtype, device="cpu")
     return None

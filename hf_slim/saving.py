@@ -75,8 +75,8 @@ def save_slimmed(
             False skips both checks.
         push_to_hub: Upload what was written, in one commit, which deletes what it replaces.
         repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
-        inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made, so
-            that the model is slimmed even if it cannot be saved. An optimizer from before does not fit it any more.
+        inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made,
+            so that the model is slimmed even if it cannot be saved. An optimizer from before does not fit it any more.
         max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
         **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
             `push_to_hub` of transformers; the trainer's `hub_token`, `hub_private_repo` and `hub_revision` where they

@@ -81,6 +81,15 @@ class Attention(nn.Module):
 
 
 @odd
+class MlpLongOnly(Mlp):
+    """Mixes channels of longer inputs only."""
+
+    def forward(self, x):
+        x, length = F.gelu(self.fc1(x)), x.shape[1]
+        return self.fc2(x.roll(1, -1) if length > 20 else x)
+
+
+@odd
 class MlpSoftmax(Mlp):
     def forward(self, x):
         return self.fc2(self.fc1(x).softmax(-1))

@@ -93,14 +93,19 @@ def compact_proven(
 
 
 def is_costly(model: nn.Module) -> bool:
-    """Whether a proof may take longer than a training step, since that computes with fewer bits.
+    """Whether a proof may take longer than a training step.
+
+    That computes with fewer bits where half precision is used; and on a GPU it may be over sooner than what a proof does
+    beside its forward passes, module by module.
 
     Args:
         model: The model.
 
     Returns:
-        True for weights in half precision, and for a forward pass that accelerate runs under autocast.
+        True off the CPU, for weights in half precision, and for a forward pass that accelerate runs under autocast.
     """
+    if find_device(model).type != "cpu":
+        return True
     narrow = any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
     return narrow or any("_original_forward" in vars(module) for module in model.modules())
 

@@ -95,8 +95,8 @@ def compact_proven(
 def is_costly(model: nn.Module) -> bool:
     """Whether a proof may take longer than a training step.
 
-    That computes with fewer bits where half precision is used; and on a GPU it may be over sooner than what a proof does
-    beside its forward passes, module by module.
+    That computes with fewer bits where half precision is used; and on a GPU it may be over sooner than what a proof
+    does beside its forward passes, module by module.
 
     Args:
         model: The model.

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from .arguments import SlimConfig, check_whole
 from .discovery import find_structures, require_structures
-from .proof import check_verify, find_proof, find_removable, name_unproven, remove_units
+from .proof import find_proof, find_removable, name_unproven, remove_units
 from .structures import Discovery, Kind, Structure
+from .verification import check_verify
 
 logger = logging.get_logger(__name__)
 

@@ -36,21 +36,6 @@ _BLAMED = 5
 """So many structures are looked for that make a difference; one is enough to refuse."""
 
 
-def check_verify(verify: Any) -> None:
-    """Refuse a value of `verify` that is none.
-
-    Args:
-        verify: True, False or a batch.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if not isinstance(verify, (bool, Mapping)) or (isinstance(verify, Mapping) and not verify):
-        raise ValueError(f"verify must be True, False or a batch (a dict of the model's inputs), got {verify!r}.")
-    if isinstance(verify, Mapping) and not all(isinstance(name, str) for name in verify):
-        raise ValueError(f"verify: the inputs of a batch are named by strings, got {list(verify)}.")
-
-
 class Proof:
     """What a masked model computes on some inputs, to be compared with what it computes without its zero units.
 

@@ -31,13 +31,13 @@ from .hub import add_hub_fields, check_keywords, push_folder
 from .live import LiveUnits, find_live
 from .model_card import write_model_card
 from .offloading import is_dispatched, read_tensor, refuse_unmapped, writing_apart
-from .proof import check_verify, find_proof, find_removable, merge_proven, name_unproven, remove_units
+from .proof import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .record import find_pretrained, find_stock_class
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .slimming import Slimming
 from .strategy import refuse_strategy
 from .structures import Structure, count_left, get_tensor
-from .verification import VerificationError, compare_models
+from .verification import VerificationError, check_verify, compare_models
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,15 @@ from .inputs import RUN_ERRORS, describe, evaluating
 from .offloading import find_device
 from .precision import is_narrow, widened
 
-__all__ = ["VerificationError", "compare_models", "compare_outputs", "compare_runs", "compute_outputs", "widened"]
+__all__ = [
+    "VerificationError",
+    "check_verify",
+    "compare_models",
+    "compare_outputs",
+    "compare_runs",
+    "compute_outputs",
+    "widened",
+]
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference allowed, relative to the largest output."""
@@ -37,6 +45,21 @@ Run = Callable[[torch.dtype], Outputs]
 
 class VerificationError(RuntimeError):
     """The slimmed model does not compute what the masked model computed."""
+
+
+def check_verify(verify: Any) -> None:
+    """Refuse a value of `verify` that is none.
+
+    Args:
+        verify: True, False or a batch.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(verify, (bool, Mapping)) or (isinstance(verify, Mapping) and not verify):
+        raise ValueError(f"verify must be True, False or a batch (a dict of the model's inputs), got {verify!r}.")
+    if isinstance(verify, Mapping) and not all(isinstance(name, str) for name in verify):
+        raise ValueError(f"verify: the inputs of a batch are named by strings, got {list(verify)}.")
 
 
 def compute_outputs(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Outputs:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .modeling_hf_slim import ConfigView, get_number, set_number
+from .modeling_hf_slim import ConfigView, set_number
 from .structures import Count, get_module
 
 
@@ -24,19 +24,6 @@ def get_field(config: Any, name: str) -> Any:
         config = config.__dict__["_config"]
     name = getattr(type(config), "attribute_map", {}).get(name, name)
     return getattr(config, "__dict__", {}).get(name)
-
-
-def get_count(model: nn.Module, count: Count) -> Any:
-    """The value of an attribute that depends on the number of units.
-
-    Args:
-        model: The model.
-        count: Which attribute of which module.
-
-    Returns:
-        Its value, None if it is only set when units are removed.
-    """
-    return get_number(get_module(model, count.module), count.attribute)
 
 
 def set_count(model: nn.Module, count: Count, units: int) -> None:

@@ -62,7 +62,7 @@ def _write_record(model: PreTrainedModel, structures: Mapping[str, Structure]) -
     if not has_record(model.config) or any(infers_widths(module) for module in model.modules()):
         return
     owners = {path: owner for path, owner in find_owners(model).items() if find_record(owner.config) is not None}
-    for express in (_express_by_fields, _express_by_layer):
+    for express in (_values, _express_by_layer):
         found = [(owner, express(owner, _inside(structures, path))) for path, owner in owners.items()]
         changes = [(owner, fields) for owner, fields in found if fields is not None]
         if changes and _builds(model, changes):
@@ -100,11 +100,6 @@ def _inside(structures: Mapping[str, Structure], path: str) -> dict[str, Structu
     return {name[len(path) + 1 :] if path else name: s for name, s in structures.items() if is_within(name, path)}
 
 
-def _express_by_fields(owner: PreTrainedModel, structures: Mapping[str, Structure]) -> dict[str, Any] | None:
-    """The fields of a config that say the sizes, if each field's structures are uniform; not yet checked."""
-    return _values(owner, structures)
-
-
 def _express_by_layer(owner: PreTrainedModel, structures: Mapping[str, Structure]) -> dict[str, Any] | None:
     """Overrides by layer of a config that say the sizes; not yet checked."""
     if not hasattr(type(owner.config), "per_layer_config"):  # before transformers 5.14
@@ -128,7 +123,7 @@ def _express_by_layer(owner: PreTrainedModel, structures: Mapping[str, Structure
 def _values(
     owner: PreTrainedModel, structures: Mapping[str, Structure], layer: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    """What fields would have to say for some structures; None if they differ, or a field cannot say it."""
+    """What fields would have to say for some structures, not yet checked; None if they differ, or none can say it."""
     there = {**owner.config.__dict__, **_fields_before(owner), **(layer or {})}
     changes: dict[str, Any] = {}
     for fields, kind in ((CONFIG_CHANNELS, "ffn"), (CONFIG_HEADS, "mha")):

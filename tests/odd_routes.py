@@ -55,24 +55,24 @@ def judge(before: torch.Tensor, slim: torch.nn.Module, *, said: bool) -> str:
     return "warned of" if said else "WRONG"
 
 
-def _mask(model: torch.nn.Module) -> bool:
-    structures = find_structures(model).structures
-    zero_units(model, structures, half_masks(structures))
-    return bool(structures)
+def _is_taken(model: torch.nn.Module, name: str) -> bool:
+    """Whether discovery takes the odd modules in a model."""
+    kinds = {s.kind for s in find_structures(model).structures}
+    return ("ffn" if name.startswith(("Mlp", "Gated")) else "mha") in kinds
 
 
-def by_model_slim(name: str, folder: Path, *, pretrained: bool) -> str:
+def by_model_slim(name: str, folder: Path, *, pretrained: bool, verify: object = True) -> str:
     """`model_slim` on inputs that are made."""
     model = build_model(name, pretrained=pretrained)
-    kinds = {s.kind for s in find_structures(model).structures}
-    if ("ffn" if name.startswith(("Mlp", "Gated")) else "mha") not in kinds:
+    if not _is_taken(model, name):
         return "skipped"
-    _mask(model)
+    structures = find_structures(model).structures
+    zero_units(model, structures, half_masks(structures))
     before = compute(model)
     said: list[object] = []
     try:
         with mock.patch("hf_slim.auto_slim.logger.warning", said.append):
-            model_slim(model, 1)
+            model_slim(model, 1, verify=verify)
     except VerificationError:
         return "refused"
     return judge(before, model, said=bool(said))
@@ -80,24 +80,14 @@ def by_model_slim(name: str, folder: Path, *, pretrained: bool) -> str:
 
 def by_model_slim_and_batch(name: str, folder: Path, *, pretrained: bool) -> str:
     """`model_slim` on a batch that is given."""
-    model = build_model(name, pretrained=pretrained)
-    kinds = {s.kind for s in find_structures(model).structures}
-    if ("ffn" if name.startswith(("Mlp", "Gated")) else "mha") not in kinds:
-        return "skipped"
-    _mask(model)
-    before = compute(model)
-    try:
-        model_slim(model, 1, verify={"input_ids": torch.arange(14).view(2, 7)})
-    except VerificationError:
-        return "refused"
-    return judge(before, model, said=False)
+    batch = {"input_ids": torch.arange(14).view(2, 7)}
+    return by_model_slim(name, folder, pretrained=pretrained, verify=batch)
 
 
 def _train(name: str, folder: Path, *, live: object) -> Trainer | None:
     """A trainer that has trained, None if nothing looks like a structure."""
     model = build_model(name, pretrained=True)
-    kinds = {s.kind for s in find_structures(model).structures}
-    if ("ffn" if name.startswith(("Mlp", "Gated")) else "mha") not in kinds:
+    if not _is_taken(model, name):
         return None
     which = "ffn2_sparsity" if name.startswith(("Mlp", "Gated")) else "mha_sparsity"
     settings = {which: 0.5, "slim_start": 1, "slim_end": 2, "slim_round_to": 1, "slim_live": live}

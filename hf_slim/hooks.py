@@ -49,7 +49,7 @@ def hook_models(module: ModuleType) -> None:
             from .modeling_hf_slim import resize
             from .record import forget_remote_code
 
-            resize(self, is_whole=type(self).__module__.startswith("transformers."))
+            resize(self, is_whole=_is_stock(self))
             forget_remote_code(self.config)
 
     @functools.wraps(load)
@@ -63,7 +63,7 @@ def hook_models(module: ModuleType) -> None:
             names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
             raise SafetensorError(f"{names} is damaged: {error}. Save or download the model again.") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if _KEY in model.config.__dict__:
+        if _KEY in model.config.__dict__ and not _is_stock(model):
             from .modeling_hf_slim import resize
 
             resize(model)  # which finds everything done, or a name that is nowhere in it
@@ -247,6 +247,11 @@ def _refuse_several(callbacks: Iterable[Any]) -> None:
         from .callback import refuse_several
 
         refuse_several(callbacks)
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether a model is of a class of transformers, which is whole when its `post_init` is called."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def _mark(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_slim", "hf_slim.*"]),
-    package_data={"hf_slim": ["py.typed", "templates/*", "metrics/*/*.py"]},
+    package_data={"hf_slim": ["py.typed", "saving/templates/*", "cli/metrics/*/*.py"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

@@ -8,12 +8,10 @@ from .hooks import install_hooks
 
 if TYPE_CHECKING:
     from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
-    from .auto_slim import model_slim, parse_auto_slim_config
-    from .callback import SlimTrainerCallback
-    from .discovery import find_structures
-    from .report import SlimReport
-    from .saving import save_slimmed
-    from .structures import Discovery, Member, Skipped, Structure
+    from .compaction import model_slim
+    from .saving import SlimReport, save_slimmed
+    from .structures import Discovery, Member, Skipped, Structure, find_structures
+    from .training import SlimTrainerCallback, parse_auto_slim_config
 
 __all__ = [
     "Discovery",
@@ -32,15 +30,13 @@ __all__ = [
     "save_slimmed",
 ]
 
-# Where the public names are. Each module is imported with the first use of one of its names: it brings PyTorch along.
+# Where the public names are. Each room is imported with the first use of one of its names: it brings PyTorch along.
 _MODULES = {
     "arguments": ("SlimArgumentsMixin", "SlimConfig", "SlimSeq2SeqTrainingArguments", "SlimTrainingArguments"),
-    "auto_slim": ("model_slim", "parse_auto_slim_config"),
-    "callback": ("SlimTrainerCallback",),
-    "discovery": ("find_structures",),
-    "report": ("SlimReport",),
-    "saving": ("save_slimmed",),
-    "structures": ("Discovery", "Member", "Skipped", "Structure"),
+    "structures": ("Discovery", "Member", "Skipped", "Structure", "find_structures"),
+    "compaction": ("model_slim",),
+    "training": ("SlimTrainerCallback", "parse_auto_slim_config"),
+    "saving": ("SlimReport", "save_slimmed"),
 }
 
 if not TYPE_CHECKING:  # a type checker knows the names from above, and that there are no others

@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .schedule import make_schedule
-
 logger = logging.getLogger(__name__)
 
 ScheduleName = Literal["exp", "cubic", "cos", "linear", "oneshot"]
@@ -153,6 +151,41 @@ def check_whole(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
 
 
+def place_steps(values: Any, max_steps: int, *, begin: int = 0) -> tuple[int, ...]:
+    """Place the pruning steps in a training run.
+
+    The first is at `slim_start`, then one follows every `slim_frequency` steps, and the last is at `slim_end` exactly.
+    `oneshot` removes everything at `slim_start`. Fractions are of the steps after `begin`.
+
+    Args:
+        values: What has the slimming fields.
+        max_steps: Optimizer steps of the whole training.
+        begin: Optimizer steps that were done before slimming begins; what should have happened by then happens at
+            the next.
+
+    Returns:
+        The optimizer steps (counted from 1) after which units are removed, ascending.
+
+    Raises:
+        ValueError: If the first step is after the last, or the last beyond the end of training.
+    """
+    start, end = values.slim_start, values.slim_end
+    first, last = (max(begin + 1, _to_step(value, begin, max_steps)) for value in (start, end))
+    if first > last:
+        raise ValueError(
+            f"slim_start={start} is step {first} of {max_steps}, after slim_end={end}, which is step {last}: "
+            "make slim_start smaller or slim_end larger."
+        )
+    if last > max_steps:
+        raise ValueError(
+            f"slim_end={end} is beyond the last training step, {max_steps}: the target sparsity would never be "
+            "reached. Make slim_end smaller, or train longer."
+        )
+    if values.slim_schedule == "oneshot":
+        return (first,)
+    return (*range(first, last, max(1, _to_step(values.slim_frequency, 0, max_steps - begin))), last)
+
+
 def refuse_unused(arguments: Any) -> None:
     """Refuse arguments that ask for a sparsity where nothing would drop units.
 
@@ -274,13 +307,9 @@ def _check_patterns(patterns: Any) -> list[str]:
 def _check_steps(values: Any) -> None:
     """Place the pruning steps now, where the arguments already say how long the training is."""
     steps = getattr(values, "max_steps", 0)
-    target = max(values.ffn2_sparsity, values.mha_sparsity)
-    if steps > 0 and target:
-        make_schedule(
-            start=values.slim_start,
-            end=values.slim_end,
-            frequency=values.slim_frequency,
-            curve=values.slim_schedule,
-            target=target,
-            max_steps=steps,
-        )
+    if steps > 0 and (values.ffn2_sparsity or values.mha_sparsity):
+        place_steps(values, steps)
+
+
+def _to_step(value: float, begin: int, max_steps: int) -> int:
+    return int(value) if value >= 1 else begin + round(value * (max_steps - begin))

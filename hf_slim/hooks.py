@@ -46,8 +46,8 @@ def hook_models(module: ModuleType) -> None:
     def post_init(self: Any) -> None:
         build(self)
         if _KEY in self.config.__dict__:
+            from .compaction import forget_remote_code
             from .modeling_hf_slim import resize
-            from .record import forget_remote_code
 
             resize(self, is_whole=_is_stock(self))
             forget_remote_code(self.config)
@@ -57,7 +57,7 @@ def hook_models(module: ModuleType) -> None:
         try:
             loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            from .weight_files import find_damaged_weights
+            from .training import find_damaged_weights
 
             damaged = [path for path, _ in find_damaged_weights(str(pretrained_model_name_or_path))]
             names = ", ".join(map(str, damaged)) or f"A weight file of {pretrained_model_name_or_path}"
@@ -72,7 +72,7 @@ def hook_models(module: ModuleType) -> None:
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _has_slim_models():
-            from .record import refresh_record
+            from .compaction import refresh_record
 
             refresh_record(self)
         return save(self, *args, **kwargs)
@@ -96,7 +96,7 @@ def hook_configs(module: ModuleType) -> None:
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if _has_slim_models() or "auto_map" in self.__dict__:
-            from .remote_code import portable
+            from .saving import portable
 
             self = portable(self, save_directory)
         return save(self, save_directory, *args, **kwargs)
@@ -123,7 +123,7 @@ def hook_callbacks(module: ModuleType) -> None:
     @functools.wraps(report)
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: dict[str, Any]) -> Any:
         if _is_slimming(self.callbacks):
-            from .callback import add_sparsities
+            from .training import add_sparsities
 
             add_sparsities(self.callbacks, state, logs)
         return report(self, args, state, control, logs)
@@ -161,13 +161,12 @@ def hook_training(module: ModuleType) -> None:
     @functools.wraps(run)
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if _has_slim_models():
-            from .optimizer_state import refuse_other_sizes
+            from .compaction import refuse_other_sizes
 
             refuse_other_sizes(self.optimizer)
         if not _is_slimming(self.callback_handler.callbacks):
             return run(self, resume_from_checkpoint, *args, **kwargs)
-        from .attending import attending
-        from .checkpoints import choose_checkpoint, restore_shape
+        from .training import attending, choose_checkpoint, restore_shape
 
         load = self._load_from_checkpoint  # which classes of other packages have their own of
 
@@ -233,7 +232,7 @@ class _Loader:
 
 def _is_slimming(callbacks: Iterable[Any]) -> bool:
     """Whether there is a `SlimTrainerCallback` among the callbacks; there is none before its module is imported."""
-    slimming = getattr(sys.modules.get(f"{__package__}.callback"), "SlimTrainerCallback", ())
+    slimming = getattr(sys.modules.get(f"{__package__}.training.callback"), "SlimTrainerCallback", ())
     return any(isinstance(callback, slimming) for callback in callbacks)
 
 
@@ -244,7 +243,7 @@ def _has_slim_models() -> bool:
 
 def _refuse_several(callbacks: Iterable[Any]) -> None:
     if _is_slimming(callbacks):
-        from .callback import refuse_several
+        from .training import refuse_several
 
         refuse_several(callbacks)
 

@@ -138,7 +138,7 @@ def need_data(name: str) -> Path:
 @pytest.fixture
 def blind_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     """Discovery takes whatever has a known layout, so that a numerical proof is all that stands in the way."""
-    monkeypatch.setattr("hf_slim.discovery.find_strange", lambda model, path, structure: None)
+    monkeypatch.setattr("hf_slim.structures.discovery.find_strange", lambda model, path, structure: None)
 
 
 @pytest.fixture(params=FAMILIES)

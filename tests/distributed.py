@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import build
 from safetensors.torch import load_file
-from test_callback import make_data, slim_callback
+from trainers import make_data, slim_callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_saving import masked
+from sparse_models import masked
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_slim import gathering, save_slimmed, saving
+from hf_slim import save_slimmed
+from hf_slim.parallel import gathering
 
 
 class BadTokenizer:
@@ -63,7 +64,7 @@ def main(out: Path) -> None:
     }
     ends = {}
     for name, save in saves.items():
-        saving.build_whole = failing_build if name == "sharded, building" else gathering.build_whole
+        save.build_whole = failing_build if name == "sharded, building" else gathering.build_whole
         try:
             ends[name] = str(save().parameters_after)
         except BaseException as error:

@@ -30,15 +30,18 @@ from typing import Any
 
 import torch
 from conftest import build, half_masks
-from test_callback import make_trainer, slim_callback
 from tqdm.auto import tqdm
+from trainers import make_trainer, slim_callback
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from hf_slim import SlimTrainerCallback, callback, find_structures, folders, saving, slimming
-from hf_slim.checkpoints import find_whole_checkpoint
-from hf_slim.masking import zero_units
+from hf_slim import SlimTrainerCallback, find_structures
+from hf_slim.compaction.zeros import zero_units
+from hf_slim.saving import atomic_folder
+from hf_slim.saving import save as saving
+from hf_slim.training import callback, slimmer
+from hf_slim.training.checkpoints import find_whole_checkpoint
 
-COUNTED = (Trainer, SlimTrainerCallback, slimming.Slimming, callback, slimming, saving, folders)
+COUNTED = (Trainer, SlimTrainerCallback, slimmer.Slimmer, callback, slimmer, saving, atomic_folder)
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")
 PHASES = {"_save_checkpoint": "checkpoint", "save_slimmed": "slim model"}
 SIZES = (3_000, 60_000)
@@ -159,14 +162,14 @@ def save(folder: Path, seed: int, keep: float, deadline: int | None = None, size
     structures = find_structures(model).structures
     zero_units(model, structures, half_masks(structures, keep=lambda s: int(keep * s.units)))
     clock = Clock(deadline, size)
-    exchange = folders._exchange
+    exchange = atomic_folder._exchange
 
     def counted(new: Path, old: Path) -> None:
         clock.tick("before the exchange")
         exchange(new, old)
         clock.tick("after the exchange")
 
-    folders._exchange = counted
+    atomic_folder._exchange = counted
     clock.phase = "file operation"
     clock.start()
     saving.save_slimmed(model, folder / "slim", max_shard_size="60KB" if keep < 0.5 else None)

@@ -23,14 +23,14 @@ from transformers.utils import logging
 from verdict import half_masks
 
 from hf_slim import SlimTrainerCallback, SlimTrainingArguments, find_structures, model_slim, save_slimmed
-from hf_slim.masking import zero_units
-from hf_slim.report import format_table
-from hf_slim.verification import VerificationError
+from hf_slim.compaction.zeros import zero_units
+from hf_slim.proof.output_comparison import VerificationError
+from hf_slim.saving.report import format_table
 
 VERDICTS = ("skipped", "exact", "refused", "kept as zeros", "warned of", "WRONG")
 """What may become of an odd module: nothing looks like a structure; it computes the same; `VerificationError`; live
 compaction goes on with zeros; it differs, and a warning has said that nothing is proven; it differs silently."""
-BLIND = "hf_slim.discovery.find_strange"
+BLIND = "hf_slim.structures.discovery.find_strange"
 
 
 def blind() -> AbstractContextManager[object]:
@@ -71,7 +71,7 @@ def by_model_slim(name: str, folder: Path, *, pretrained: bool, verify: object =
     before = compute(model)
     said: list[object] = []
     try:
-        with mock.patch("hf_slim.auto_slim.logger.warning", said.append):
+        with mock.patch("hf_slim.compaction.sparse_model.logger.warning", said.append):
             model_slim(model, 1, verify=verify)
     except VerificationError:
         return "refused"

@@ -16,8 +16,8 @@ import transformers
 from conftest import build, half_masks
 
 from hf_slim import find_structures, save_slimmed
+from hf_slim.compaction.zeros import zero_units
 from hf_slim.hooks import HOOKS, install_hooks
-from hf_slim.masking import zero_units
 
 HEAVY = {"accelerate", "datasets", "evaluate", "numpy", "torch", "transformers"}
 
@@ -49,7 +49,7 @@ try:
 except Exception as error:
     found["damaged"] = str(error)
 
-from hf_slim.callback import SlimTrainerCallback
+from hf_slim.training.callback import SlimTrainerCallback
 from hf_slim.arguments import SlimTrainingArguments
 
 args = SlimTrainingArguments(
@@ -149,7 +149,7 @@ def test_the_hooks_are_there_once_after_a_reload(used):
     assert used["depths"] == [1, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("module", ["hf_slim", "hf_slim.cli"])
+@pytest.mark.parametrize("module", ["hf_slim", "hf_slim.cli.command"])
 def test_importing_brings_nothing_heavy_along(module):
     loaded = run(f"import sys, {module}; dir(hf_slim); print(*{{name.partition('.')[0] for name in sys.modules}})")
     assert "hf_slim" in loaded.split()

@@ -20,12 +20,10 @@ from tiny import auto_class_of, build_tiny, serves
 from transformers import PreTrainedModel
 
 import hf_slim
-from hf_slim.discovery import find_structures
-from hf_slim.inputs import make_inputs
-from hf_slim.masking import zero_units
-from hf_slim.proof import Proof
-from hf_slim.structures import Kind, Structure, get_tensor
-from hf_slim.verification import (
+from hf_slim.compaction.proven_removal import Proof
+from hf_slim.compaction.zeros import zero_units
+from hf_slim.proof.made_inputs import make_inputs
+from hf_slim.proof.output_comparison import (
     ABSOLUTE,
     TOLERANCES,
     VerificationError,
@@ -33,6 +31,8 @@ from hf_slim.verification import (
     compare_outputs,
     compute_outputs,
 )
+from hf_slim.structures.discovery import find_structures
+from hf_slim.structures.structure import Kind, Structure, get_tensor
 
 NEW_TOKENS = 5
 KINDS: tuple[Kind, ...] = ("ffn", "mha")

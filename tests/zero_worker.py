@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_slim import find_structures
-from hf_slim.zero import (
+from hf_slim.parallel.deepspeed_zero import (
     call_before_step,
     clip_factor,
     find_zero_optimizer,
@@ -21,7 +21,7 @@ from hf_slim.zero import (
     sum_positions,
     whole_shapes,
     whole_state_dict,
-    write_zeros,
+    write_zeros_everywhere,
 )
 
 DROP_AT, STEPS = 3, 7
@@ -72,7 +72,7 @@ class Watch(TrainerCallback):
                 if self.zero is None:
                     tensor.data.index_fill_(dim, where, 0)
                 else:
-                    write_zeros(tensor, dim, where)
+                    write_zeros_everywhere(tensor, dim, where)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step >= DROP_AT:

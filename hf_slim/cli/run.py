@@ -1,0 +1,301 @@
+"""The recipe of `hf-slim run`: train dense and slimmed under the same settings, and compare."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..arguments import SlimTrainingArguments
+from ..saving import count_bytes, count_parameters, measure_latency, save_slimmed
+from ..training import SlimTrainerCallback, find_live, find_whole_checkpoint
+from .comparison import Comparison, ModelFigures
+from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .tokenizer import load_tokenizer, make_byte_tokenizer
+
+_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "causal-lm": ()}
+
+
+@dataclass
+class ModelArguments:
+    """Where the model comes from: weights, or a config for a fresh one."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to fine-tune: a Hub name, or a folder with weights."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Config of a fresh model to train from scratch: a Hub name, a folder or a .json file."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer: a Hub name, a folder, or a WordPiece vocabulary (.txt). Default: the model's; for a "
+            "fresh causal-lm that has none, single bytes."
+        },
+    )
+
+    @property
+    def source(self) -> str:
+        """What the config is read from."""
+        return self.model_name_or_path or self.config_name or ""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the dense and the slimmed training have in common."""
+
+    task: Task
+    config: Any
+    weights: str | None
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+
+
+def run(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: SlimTrainingArguments
+) -> Comparison:
+    """Train a model slimmed and then dense, save the slim one, and compare them.
+
+    Both trainings start from the same weights and take the same seed, data order and number of steps. Their
+    checkpoints go to `masked` and `dense` in the output folder, the slim model to `slim`, the figures to
+    `comparison.json`. With `resume_from_checkpoint=true` each training goes on from its last checkpoint.
+
+    Args:
+        model_arguments: Where the model comes from.
+        data_arguments: What to train and evaluate on.
+        training_arguments: How to train and how much to remove.
+
+    Returns:
+        The figures of the dense, the masked and the slimmed model; none of a masked one if dropped units left the
+        model while it trained (`slim_live`).
+
+    Raises:
+        ValueError: If an argument, a file or a column is missing or does not fit; before any training.
+    """
+    _check_arguments(model_arguments, training_arguments)
+    with training_arguments.main_process_first(desc="data"):
+        setup = _prepare(model_arguments, data_arguments, training_arguments.seed)
+    output_dir = Path(training_arguments.output_dir)
+    slim_model = output_dir / "slim"
+
+    # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
+    trainer = _make_trainer(setup, training_arguments, "masked", _make_model(setup, training_arguments), slim=True)
+    _train(trainer)
+    metrics, models = {}, {}
+    if find_live(trainer.model) is None:
+        metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
+    save_slimmed(
+        trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id
+    )
+    trainer.accelerator.wait_for_everyone()
+    loaded = _auto_class(setup.task).from_pretrained(slim_model)
+    trainer = _make_trainer(setup, training_arguments, "masked", loaded)
+    metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
+
+    trainer = _make_trainer(setup, training_arguments, "dense", _make_model(setup, training_arguments))
+    _train(trainer)
+    metrics["dense"], models["dense"] = _evaluate(trainer, setup.task), trainer.model
+
+    batch = dict(next(iter(trainer.get_eval_dataloader())))
+    batch.pop("labels")
+    latency = measure_latency(models, batch)
+    figures = {
+        name: ModelFigures(metrics[name], count_parameters(model), count_bytes(model), latency[name])
+        for name, model in models.items()
+    }
+    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model))
+    if training_arguments.process_index == 0:
+        comparison.save(output_dir / "comparison.json")
+    return comparison
+
+
+def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> None:
+    if (model.model_name_or_path is None) == (model.config_name is None):
+        raise ValueError(
+            "Give one of --model_name_or_path (a model to fine-tune) and --config_name (a fresh model), got "
+            f"{'both' if model.config_name else 'neither'}."
+        )
+    for flag, name in vars(model).items():
+        if name is not None and _is_path(name) and not Path(name).exists():
+            raise ValueError(f"--{flag}: there is no file or folder {name}.")
+    if training.resume_from_checkpoint and str(training.resume_from_checkpoint).lower() != "true":
+        raise ValueError(
+            f"--resume_from_checkpoint must be true, got {training.resume_from_checkpoint!r}: there are two "
+            "trainings, and each goes on from the last checkpoint in its own folder."
+        )
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder} is not writable; name another folder.")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path, since no Hub name looks like that."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith((".json", ".txt"))
+
+
+def _prepare(model: ModelArguments, data: DataArguments, seed: int) -> _Setup:
+    rows = load_text_data(data, seed=seed)
+    tokenizer, is_made = _find_tokenizer(model, rows.task)
+    config = _load_config(model, rows)
+    _fit(config, tokenizer, model, is_made=is_made)
+    _check_length(config, tokenizer, data.max_seq_length)
+
+    def tokenize(part: Dataset) -> Dataset:
+        if rows.task == "causal-lm":
+            return tokenize_chunks(part, tokenizer, data.max_seq_length, documents=rows.documents)
+        return tokenize_pairs(part, tokenizer, data.max_seq_length)
+
+    return _Setup(
+        rows.task, config, model.model_name_or_path, tokenizer, tokenize(rows.train), tokenize(rows.validation)
+    )
+
+
+def _find_tokenizer(model: ModelArguments, task: Task) -> tuple[PreTrainedTokenizerBase, bool]:
+    """The tokenizer, and whether it was made for this run."""
+    if model.tokenizer_name is not None:
+        return load_tokenizer(model.tokenizer_name), False
+    folder = Path(model.source)
+    if not folder.exists() or (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(model.source), False
+    if task == "causal-lm" and model.config_name is not None:
+        return make_byte_tokenizer(), True
+    raise ValueError(f"There is no tokenizer in {model.source}: name one by --tokenizer_name.")
+
+
+def _load_config(model: ModelArguments, rows: TextData) -> Any:
+    if rows.task == "causal-lm":
+        return AutoConfig.from_pretrained(model.source)
+    # transformers tells the number of outputs by the number of names.
+    names = dict(enumerate(rows.classes if rows.task == "classification" else ["LABEL_0"]))
+    return AutoConfig.from_pretrained(
+        model.source,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        problem_type="regression" if rows.task == "regression" else "single_label_classification",
+    )
+
+
+def _fit(config: Any, tokenizer: PreTrainedTokenizerBase, model: ModelArguments, *, is_made: bool) -> None:
+    """Make the config of a fresh model fit the tokenizer; refuse a tokenizer that does not fit the weights."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"The tokenizer of {model.tokenizer_name or model.source} has no token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token
+    text_config = config.get_text_config()
+    if model.config_name is not None:
+        if is_made or len(tokenizer) > text_config.vocab_size:
+            text_config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, name) is not None:
+                setattr(text_config, name, getattr(tokenizer, name))
+    elif len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {model.tokenizer_name or model.source} has {len(tokenizer)} tokens, but the model "
+            f"knows only {text_config.vocab_size}: name the tokenizer that belongs to {model.source}."
+        )
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_length(config: Any, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if max_seq_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"--max_seq_length {max_seq_length} is more than the model takes, {tokenizer.model_max_length}: make it "
+            "smaller, or choose another model or config."
+        )
+
+
+def _auto_class(task: Task) -> Any:
+    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+
+
+def _make_model(setup: _Setup, arguments: SlimTrainingArguments) -> PreTrainedModel:
+    set_seed(arguments.seed)
+    config = copy.deepcopy(setup.config)
+    if setup.weights is None:
+        return _auto_class(setup.task).from_config(config)
+    return _auto_class(setup.task).from_pretrained(setup.weights, config=config)
+
+
+def _make_trainer(
+    setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel, *, slim: bool = False
+) -> Trainer:
+    own = copy.copy(arguments)
+    own.output_dir = str(Path(arguments.output_dir) / part)
+    own.push_to_hub = False  # what is pushed is the slim model
+    if not slim:
+        own.ffn2_sparsity = own.mha_sparsity = 0.0
+    callbacks: Sequence[TrainerCallback] = [SlimTrainerCallback()] if slim else []
+    collator = default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
+    return Trainer(
+        model,
+        own,
+        train_dataset=setup.train,
+        eval_dataset=setup.validation,
+        processing_class=setup.tokenizer,
+        data_collator=collator,
+        compute_metrics=_make_compute_metrics(setup.task),
+        callbacks=callbacks,
+    )
+
+
+def _train(trainer: Trainer) -> None:
+    folder = trainer.args.output_dir
+    has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
+    resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
+    trainer.train(resume_from_checkpoint=resume)
+
+
+def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
+    found = trainer.evaluate()
+    metrics = {name: found[f"eval_{name}"] for name in (*_METRICS[task], "loss")}
+    if task == "causal-lm":
+        metrics["perplexity"] = math.exp(metrics["loss"])
+    return metrics
+
+
+def _make_compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    """The metrics of a task from the modules that come with the package, so that nothing is fetched."""
+    folder = Path(__file__).with_name("metrics")
+    modules = [evaluate.load(str(folder / name), keep_in_memory=True) for name in _METRICS[task]]
+    if not modules:
+        return None
+
+    def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
+        logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
+        predictions = np.argmax(logits, axis=-1) if task == "classification" else np.squeeze(logits, axis=-1)
+        results: dict[str, float] = {}
+        for module in modules:
+            results.update(module.compute(predictions=predictions, references=evaluated.label_ids))
+        return results
+
+    return compute_metrics

@@ -1,0 +1,273 @@
+"""Scores and zeros where DeepSpeed ZeRO spreads gradients, fp32 weights and parameters over ranks.
+
+Every rank sums over, and writes into, the part of a tensor that it owns; no tensor is gathered but for saving.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from torch import distributed, nn
+
+from ..structures import get_tensor
+
+_SUPPORTED = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer"}
+
+
+def find_zero_optimizer(optimizer: Any) -> Any | None:
+    """Find DeepSpeed's ZeRO optimizer, which runs the steps and owns the parts.
+
+    Args:
+        optimizer: What the Trainer hands to callbacks.
+
+    Returns:
+        The ZeRO optimizer of stage 1, 2 or 3, or None where DeepSpeed is not in use.
+
+    Raises:
+        RuntimeError: If DeepSpeed is in use in a way that hides gradients or weights.
+    """
+    if not isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return None
+    inner = optimizer.optimizer
+    kind = type(inner).__name__
+    if kind not in _SUPPORTED:
+        raise RuntimeError(
+            f"DeepSpeed's optimizer is {kind}, which cannot be slimmed; set the ZeRO stage to 1, 2 or 3."
+        )
+    if distributed.get_world_size(inner.dp_process_group) != distributed.get_world_size():
+        raise RuntimeError("DeepSpeed splits the model by tensor or pipeline parallelism; slimming needs ZeRO alone.")
+    if getattr(inner, "params_in_nvme_and_cpu", False):
+        raise RuntimeError('DeepSpeed keeps parameters on NVMe; set offload_param.device to "cpu" or "none" to slim.')
+    return inner
+
+
+def call_before_step(zero_optimizer: Any, function: Callable[[float], None]) -> Callable[[], None]:
+    """Have a function called when the gradients of an optimizer step are reduced and not yet used.
+
+    Accelerate runs backward and step in one call, so `on_pre_optimizer_step` comes too late.
+
+    Args:
+        zero_optimizer: From `find_zero_optimizer`.
+        function: Called on every rank before each optimizer step, also one that an overflow skips, with the loss
+            scale, by which gradients are too large.
+
+    Returns:
+        A function that undoes this.
+    """
+    step = zero_optimizer.step
+
+    @functools.wraps(step)
+    def step_after(*args: Any, **kwargs: Any) -> Any:
+        function(getattr(zero_optimizer, "loss_scale", 1.0))  # BF16_Optimizer has none
+        return step(*args, **kwargs)
+
+    zero_optimizer.step = step_after
+    return lambda: setattr(zero_optimizer, "step", step)
+
+
+def clip_factor(zero_optimizer: Any) -> float:
+    """What the gradients were multiplied with by clipping; known after the optimizer step.
+
+    Args:
+        zero_optimizer: From `find_zero_optimizer`, after a step that was not skipped.
+
+    Returns:
+        A number above 0 and at most 1.
+    """
+    if not zero_optimizer.clip_grad:
+        return 1.0
+    return min(1.0, float(zero_optimizer.clip_grad / (zero_optimizer._global_grad_norm + 1e-6)))
+
+
+@torch.no_grad()
+def sum_positions(
+    tensor: torch.Tensor, dim: int, function: Callable[..., torch.Tensor], *, gradient: bool
+) -> torch.Tensor:
+    """Sum a function of weight and gradient over all dimensions but one, in the part that this rank owns.
+
+    Args:
+        tensor: A parameter or buffer of the model.
+        dim: The dimension that remains.
+        function: Elementwise, of the fp32 weight, or of it and the gradient (not clipped, times the loss scale).
+        gradient: Whether the function takes the gradient; only inside `call_before_step`.
+
+    Returns:
+        float32 tensor of shape `[size of dim]` on the model's device, for `reduce_sums`; zeros without a gradient.
+    """
+    shape = whole_shape(tensor)
+    stride, size = shape[dim + 1 :].numel(), shape[dim]
+    start, length = _own_range(tensor)
+    if not length or (gradient and not tensor.requires_grad):
+        return torch.zeros(size, device=tensor.device)
+    weight = _own_weight(tensor)[:length]
+    values = function(weight, _own_gradient(tensor)[:length]) if gradient else function(weight)
+    rows = _pad(values.float(), start, stride).view(-1, stride).sum(1)
+    return _pad(rows, start // stride, size).view(-1, size).sum(0).to(tensor.device)
+
+
+def sum_places(
+    zero_optimizer: Any,
+    model: nn.Module,
+    places: Iterable[tuple[str, int]],
+    function: Callable[..., torch.Tensor],
+    *,
+    gradient: bool,
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Sum a function of weight and gradient over all dimensions but one, in whole tensors; on all ranks.
+
+    Args:
+        zero_optimizer: From `find_zero_optimizer`.
+        model: The model.
+        places: Dotted names of tensors and their dimensions.
+        function: As for `sum_positions`.
+        gradient: As for `sum_positions`.
+
+    Returns:
+        For each place a float32 tensor of shape `[size of dim]`, the same on every rank.
+    """
+    chosen = list(places)
+    sums = [sum_positions(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
+    return dict(zip(chosen, reduce_sums(zero_optimizer, sums), strict=True))
+
+
+def reduce_sums(zero_optimizer: Any, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Add up over the ranks what `sum_positions` returned, with one message; to be called by all of them.
+
+    Args:
+        zero_optimizer: From `find_zero_optimizer`.
+        sums: In the same order on every rank.
+
+    Returns:
+        The sums over whole tensors, the same on every rank.
+    """
+    total = torch.cat(list(sums))
+    distributed.all_reduce(total, group=zero_optimizer.dp_process_group)
+    return list(total.split([len(part) for part in sums]))
+
+
+@torch.no_grad()
+def write_zeros_everywhere(tensor: Any, dim: int, where: torch.Tensor) -> None:
+    """Write zeros into a parameter and into its fp32 master copy, without any message.
+
+    Args:
+        tensor: A parameter or buffer of the model.
+        dim: The dimension along which the positions lie.
+        where: The positions, int64.
+    """
+    if tensor.shape == whole_shape(tensor):
+        tensor.data.index_fill_(dim, where.to(tensor.device), 0)
+    start, length = _own_range(tensor)
+    if not length or not is_partitioned(tensor) and not hasattr(tensor, "_hp_mapping"):
+        return
+    dropped = _own_mask(tensor, dim, where, start, length)
+    if is_partitioned(tensor):
+        tensor.ds_tensor.data[:length].masked_fill_(dropped.to(tensor.ds_tensor.device), 0)
+    if tensor.requires_grad:
+        weight = _own_weight(tensor)
+        weight[:length].masked_fill_(dropped.to(weight.device), 0)
+        if is_partitioned(tensor):  # what was read may be a copy, where the optimizer is offloaded
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(tensor, weight)
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether stage 3 has taken a parameter apart."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a tensor, also of a parameter that stage 3 has taken apart."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Give the parameters that stage 3 has taken apart their shapes back, without values, for `find_structures`.
+
+    Args:
+        model: Any model; unchanged afterwards.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.shape != whole_shape(p)]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.new_empty(()).expand(whole_shape(parameter))
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the weights of a model to the CPU of rank 0, one parameter at a time; to be called by all ranks.
+
+    Args:
+        model: The model itself, not the engine around it.
+
+    Returns:
+        As `model.state_dict()`, tied weights as one tensor; empty on the other ranks.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    copies: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with GatheredParameters([tensor]):
+            if distributed.get_rank() == 0:
+                state[name] = copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
+    return state
+
+
+def _own_range(tensor: Any) -> tuple[int, int]:
+    """Start and length of what this rank owns of the flattened tensor; rank 0 owns what is not taken apart."""
+    if is_partitioned(tensor):
+        part = tensor.ds_tensor.numel()
+        start = part * distributed.get_rank(tensor.ds_process_group)
+        return start, max(0, min(part, tensor.ds_numel - start))
+    if hasattr(tensor, "_hp_mapping"):
+        mapping = tensor._hp_mapping
+        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+    return 0, tensor.numel() if distributed.get_rank() == 0 else 0
+
+
+def _own_weight(tensor: Any) -> torch.Tensor:
+    """The fp32 weights that this rank owns, flat, with padding; a copy at stage 3 with offloading."""
+    if is_partitioned(tensor):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return safe_get_local_fp32_param(tensor) if tensor.requires_grad else tensor.ds_tensor.data.float()
+    if hasattr(tensor, "_hp_mapping"):
+        return tensor._hp_mapping.hp_fragment
+    return tensor.detach().flatten().float()
+
+
+def _own_gradient(tensor: Any) -> torch.Tensor:
+    """The gradients that this rank owns, reduced over the ranks, flat, with padding."""
+    if is_partitioned(tensor):
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(tensor)
+    mapping = tensor._hp_mapping
+    gradient = mapping.get_lp_grad_fragment(tensor._index_in_param_group).flatten().float()
+    address = mapping.lp_fragment_address  # BF16_Optimizer keeps whole gradients on each rank
+    return gradient[address.start :] if len(gradient) == tensor.numel() else gradient
+
+
+def _own_mask(tensor: torch.Tensor, dim: int, where: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    shape = whole_shape(tensor)
+    stride, size = shape[dim + 1 :].numel(), shape[dim]
+    first = start // stride
+    rows = (start + length - 1) // stride - first + 1
+    mask = torch.zeros(size, dtype=torch.bool, device=where.device).index_fill_(0, where, True)
+    mask = mask.roll(-(first % size)).repeat(rows // size + 1)[:rows]
+    return mask.repeat_interleave(stride)[start % stride :][:length]
+
+
+def _pad(values: torch.Tensor, start: int, period: int) -> torch.Tensor:
+    return F.pad(values, (start % period, -(start + len(values)) % period))

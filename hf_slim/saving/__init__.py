@@ -1,0 +1,20 @@
+"""What `save_slimmed` leaves: a folder written whole or not at all, its card, the report, the upload."""
+
+from .latency import time_alternately, time_call, wait_for, without_bars
+from .remote_code import portable
+from .report import SlimReport, count_bytes, count_parameters, format_table, measure_latency
+from .save import save_slimmed
+
+__all__ = [
+    "SlimReport",
+    "count_bytes",
+    "count_parameters",
+    "format_table",
+    "measure_latency",
+    "portable",
+    "save_slimmed",
+    "time_alternately",
+    "time_call",
+    "wait_for",
+    "without_bars",
+]

@@ -1,0 +1,332 @@
+"""save_slimmed: compact, check, write the folder whole or not at all, and push it to the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..arguments import SlimConfig
+from ..compaction import (
+    find_pretrained,
+    find_proof,
+    find_removable,
+    find_stock_class,
+    merge_proven,
+    model_slim,
+    name_unproven,
+    remove_units,
+)
+from ..parallel import (
+    build_whole,
+    gather_weights,
+    is_dispatched,
+    is_first_process,
+    is_spread,
+    read_tensor,
+    refuse_strategy,
+    refuse_unmapped,
+    run_in_first_process,
+    writing_apart,
+)
+from ..proof import VerificationError, check_verify, compare_models
+from ..structures import REMEDY, Structure, count_left, find_structures, get_tensor, has_adapters, require_structures
+from ..training import LiveUnits, Slimmer, SlimTrainerCallback, find_live
+from .atomic_folder import check_folder, replacing
+from .hub_upload import add_hub_fields, check_keywords, push_folder
+from .model_card import write_model_card
+from .model_containers import can_save, check_container, copy_model, save_container
+from .report import SlimReport, StructureSize, count_bytes, count_parameters
+from .trainer_batches import find_batch
+
+logger = logging.get_logger(__name__)
+
+
+def save_slimmed(
+    trainer_or_model: Trainer | nn.Module,
+    output_dir: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    verify: bool | Mapping[str, Any] = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    inplace: bool = False,
+    max_shard_size: int | str | None = None,
+    **hub_kwargs: Any,
+) -> SlimReport:
+    """Remove the zero units of a model physically and save it as `save_pretrained` would.
+
+    The folder gets the weights, the config with the new shape, the tokenizer or processor, a model card and, where the
+    config cannot express the shape, a small remote-code file. It is written beside `output_dir` and takes its place
+    when all is written, so that at every moment the previous folder is there whole, or the new one; other files that
+    are in `output_dir` stay there, but for weights and adapters of an older model. With several processes the first
+    one writes, and the others wait for it, so every process has to call this.
+
+    Args:
+        trainer_or_model: The `Trainer` after training, or any model with zero units: a transformers model, one with
+            adapters, which are merged into what is saved, or a module that holds transformers models and saves itself
+            and them by `save_pretrained`.
+        output_dir: The folder.
+        processing_class: Tokenizer or processor to save along; the trainer's own if it is not given.
+        verify: Check that the slimmed model gives what the masked model gave, and that the saved folder gives the same
+            weights again, bit for bit. The inputs are a few rows of the trainer's evaluation or training data; for a
+            bare model, and where the trainer's batches are not what the model takes, they are made from its config. A
+            batch (keyword arguments of the forward pass, also what a tokenizer or processor returns) is used instead.
+            False skips both checks.
+        push_to_hub: Upload what was written, in one commit, which deletes what it replaces.
+        repo_id: Repository to upload to; the trainer's `hub_model_id` or the folder's name if it is not given.
+        inplace: Leave the caller's model slimmed, too; else it stays as it was. With `verify=False` no copy is made,
+            so that the model is slimmed even if it cannot be saved. An optimizer from before does not fit it any more.
+        max_shard_size: Size from which on the weights are split into several files, as for `save_pretrained`.
+        **hub_kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description` and `create_pr`, as for
+            `push_to_hub` of transformers; the trainer's `hub_token`, `hub_private_repo` and `hub_revision` where they
+            are not given.
+
+    Returns:
+        Parameters, bytes and the size of every structure before and after; prints as a table.
+
+    Raises:
+        TypeError: If a keyword is unknown.
+        ValueError: If an argument is of a wrong type, the model has nothing to slim, or no input can be made for it.
+        OSError: If `output_dir` is a file or cannot be written; what was there before is unchanged.
+        RuntimeError: If the upload fails, and the folder is there; or in every process if the first one fails.
+        VerificationError: If the slimmed model computes something else; nothing is written.
+    """
+    trainer = trainer_or_model if isinstance(trainer_or_model, Trainer) else None
+    model = _unwrap(trainer_or_model.model if isinstance(trainer_or_model, Trainer) else trainer_or_model)
+    _check_arguments(output_dir, processing_class, verify, repo_id, push_to_hub=push_to_hub, inplace=inplace)
+    if hub_kwargs and not push_to_hub:
+        raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
+    check_keywords(hub_kwargs)
+    if inplace and has_adapters(model):
+        raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
+    if inplace and is_spread(model):
+        raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
+    refuse_strategy(model)
+    refuse_unmapped(model)
+    multiple = _round_to(trainer)
+    name = repo_id or (trainer and trainer.args.hub_model_id) or Path(output_dir).resolve().name
+    if push_to_hub:
+        validate_repo_id(name)
+        hub_kwargs = add_hub_fields(hub_kwargs, trainer.args if trainer is not None else None)
+    if processing_class is None and trainer is not None:
+        processing_class = trainer.processing_class
+    _warn_of_early_end(trainer)
+    target = run_in_first_process(lambda: check_folder(output_dir))
+
+    callback = _find_callback(trainer)
+    if callback is not None and trainer is not None:
+        callback.restore_zeros(trainer.model)
+    slimming = _find_slimming(trainer)
+    live = find_live(model)
+    batch = find_batch(trainer, model) if trainer is not None and verify is True else None
+    own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
+
+    def save(whole: nn.Module) -> SlimReport:
+        slim = whole if own else _copy(whole)
+        with nullcontext() if own else writing_apart(slim):
+            slim, report, inputs = _slim(slim, multiple, verify, live, batch, is_copy=not own)
+            if slimming is not None:
+                report = replace(report, unproven=(*report.unproven, *sorted(slimming.unproven)))
+            metrics = _metrics(trainer)
+            written = _write_folder(target, slim, report, name, processing_class, inputs, metrics, max_shard_size)
+        if push_to_hub:
+            push_folder(target, written, name, hub_kwargs)
+        return report
+
+    if not is_spread(model):
+        report = run_in_first_process(lambda: save(model))
+        if inplace and not (own and is_first_process()):
+            model_slim(model, multiple, verify=False)
+        return report
+    weights = gather_weights(model)
+    return run_in_first_process(lambda: save(build_whole(model, weights)))
+
+
+def _slim(
+    slim: nn.Module,
+    multiple: int,
+    verify: bool | Mapping[str, Any],
+    live: LiveUnits | None = None,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    is_copy: bool,
+) -> tuple[nn.Module, SlimReport, list[Mapping[str, Any]]]:
+    """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
+    proof = find_proof(slim, verify, batch)
+    slim, proof = merge_proven(slim, proof)
+    before = _measure_before(slim, live)
+    structures, masks = find_removable(slim, multiple)
+    unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
+    report = SlimReport(
+        before.parameters,
+        count_parameters(slim),
+        before.bytes,
+        count_bytes(slim),
+        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
+        unproven,
+    )
+    if report.parameters_after == report.parameters_before:
+        logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
+    if proof is not None and unproven:
+        logger.warning(f"save_slimmed: {name_unproven(unproven)}")
+    return slim, report, list(proof.batches.values()) if proof is not None else []
+
+
+class _Before(NamedTuple):
+    parameters: int
+    bytes: int
+    structures: tuple[Structure, ...]
+
+
+def _measure_before(model: nn.Module, live: LiveUnits | None) -> _Before:
+    """A model before anything was removed, from it now or while it trained."""
+    parameters, size = count_parameters(model), count_bytes(model)
+    if live is None:
+        return _Before(parameters, size, require_structures(model, find_structures(model)))
+    for name, shape in live.shapes_before(model).items():
+        tensor = get_tensor(model, name)
+        removed = shape.numel() - tensor.numel()
+        parameters += removed if isinstance(tensor, nn.Parameter) else 0
+        size += removed * tensor.element_size()
+    return _Before(parameters, size, live.found.structures)
+
+
+def _write_folder(
+    target: Path,
+    slim: nn.Module,
+    report: SlimReport,
+    name: str,
+    processing_class: Any,
+    inputs: list[Mapping[str, Any]],
+    metrics: dict[str, float],
+    max_shard_size: int | str | None,
+) -> tuple[PurePosixPath, ...]:
+    """Write the folder, check it as it will be, and put it in its place; gives the files that were written."""
+    with replacing(target) as new:
+        saved = save_container(slim, new.path, max_shard_size)
+        if processing_class is not None:
+            processing_class.save_pretrained(new.path)
+        earlier = target / "README.md"
+        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics, earlier)
+        new.join_others()
+        if inputs:
+            batches = dict(zip(find_pretrained(slim), inputs, strict=True))
+            for part, place, _ in saved:
+                _check_reload(place, part, batches[part])
+            if not isinstance(slim, PreTrainedModel):
+                check_container(slim, new.path)
+    return new.written
+
+
+def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
+    with _loaded(folder, slim) as reloaded:
+        loaded = reloaded.state_dict()
+        for key in slim.state_dict():
+            if key not in loaded or not torch.equal(read_tensor(slim, key), read_tensor(reloaded, key)):
+                raise VerificationError(
+                    f"The saved folder gives another {key} than the slim model has. Nothing was saved."
+                )
+        try:
+            compare_models(slim, reloaded, inputs)
+        except VerificationError as error:
+            raise VerificationError(
+                f"The saved folder gives a model that computes something else. {error} Nothing was saved."
+            ) from error
+
+
+@contextmanager
+def _loaded(folder: Path, slim: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model of a folder, on the device of another, or spread and offloaded as that one is."""
+    stock: Any = find_stock_class(slim)
+    load = partial(
+        stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation
+    )
+    if not is_dispatched(slim):
+        yield load().to(slim.device)
+        return
+    with TemporaryDirectory(prefix=".hf_slim-", dir=folder.parent) as apart:
+        yield load(device_map=slim.hf_device_map, offload_folder=apart)
+
+
+def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
+        raise ValueError(f"output_dir must be the path of a folder, got {output_dir!r}.")
+    check_verify(verify)
+    if repo_id is not None and (not isinstance(repo_id, str) or not repo_id):
+        raise ValueError(f"repo_id must be the name of a repository, got {repo_id!r}.")
+    if processing_class is not None and not callable(getattr(processing_class, "save_pretrained", None)):
+        raise ValueError(
+            "processing_class must be a tokenizer or processor, which have save_pretrained, got "
+            f"{type(processing_class).__name__}."
+        )
+
+
+def _unwrap(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, nn.Module) or not can_save(model):
+        raise ValueError(
+            f"save_slimmed takes a Trainer or a PreTrainedModel, got {type(model).__name__}, which holds no "
+            "PreTrainedModel that it could save. For another module call model_slim and save it yourself."
+        )
+    return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that shares weights until they change, without what accelerate wrapped around the forward pass."""
+    slim = copy_model(model)
+    slim.zero_grad(set_to_none=True)
+    return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+
+
+def _round_to(trainer: Trainer | None) -> int:
+    """The multiple for the channels: that of the trainer's settings, or the default."""
+    slimming = _find_slimming(trainer)
+    settings = slimming.settings if slimming is not None else None
+    return settings.slim_round_to if isinstance(settings, SlimConfig) else SlimConfig().slim_round_to
+
+
+def _find_callback(trainer: Trainer | None) -> SlimTrainerCallback | None:
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
+    return next((callback for callback in callbacks if isinstance(callback, SlimTrainerCallback)), None)
+
+
+def _find_slimming(trainer: Trainer | None) -> Slimmer | None:
+    callback = _find_callback(trainer)
+    return callback.slimming if callback is not None else None
+
+
+def _warn_of_early_end(trainer: Trainer | None) -> None:
+    slimming = _find_slimming(trainer)
+    if slimming is not None and not slimming.has_reached_target:
+        logger.warning(
+            f"save_slimmed: training ended before the last pruning step, {slimming.last_step}. The sparsities reached "
+            f"are {slimming.sparsities()}, and the model is saved with those."
+        )
+
+
+def _metrics(trainer: Trainer | None) -> dict[str, float]:
+    """The last evaluation of the trainer."""
+    for entry in reversed(trainer.state.log_history if trainer is not None else []):
+        found = {key: value for key, value in entry.items() if key.startswith("eval_")}
+        if found:
+            timings = ("_runtime", "_per_second")
+            return {key: value for key, value in found.items() if not key.endswith(timings)}
+    return {}

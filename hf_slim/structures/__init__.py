@@ -1,0 +1,48 @@
+"""What a model is made of: coupled layers that shrink together, found in any model.
+
+`projection_layouts` is the table of what modules are called in transformers; `find_structures` is the way in.
+What the table does not settle, since code is not of transformers, `custom_code` tries and reads.
+"""
+
+from .discovery import exclude_structures, find_structures, require_structures
+from .linear_layers import BASE, find_tensor, join
+from .peft_adapters import REMEDY, has_adapters, merge_adapters
+from .projection_layouts import CONFIG_CHANNELS, CONFIG_HEADS
+from .structure import (
+    Discovery,
+    Kind,
+    Masks,
+    Member,
+    Skipped,
+    Structure,
+    count_left,
+    get_module,
+    get_tensor,
+    total_units,
+)
+from .unit_counts import set_count
+
+__all__ = [
+    "BASE",
+    "CONFIG_CHANNELS",
+    "CONFIG_HEADS",
+    "Discovery",
+    "Kind",
+    "Masks",
+    "Member",
+    "REMEDY",
+    "Skipped",
+    "Structure",
+    "count_left",
+    "exclude_structures",
+    "find_structures",
+    "find_tensor",
+    "get_module",
+    "get_tensor",
+    "has_adapters",
+    "join",
+    "merge_adapters",
+    "require_structures",
+    "set_count",
+    "total_units",
+]

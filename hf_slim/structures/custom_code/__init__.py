@@ -1,0 +1,7 @@
+"""Code that is not of transformers: whether it treats units one by one, tried on a small copy or read."""
+
+from .check import find_strange
+
+__all__ = [
+    "find_strange",
+]

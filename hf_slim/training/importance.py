@@ -1,0 +1,112 @@
+"""How much each unit matters: one number per unit from the weights and gradients already there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import CriterionName
+from ..parallel import find_local, sum_over_shards, sum_places, sum_tiles, whole_shape
+from ..structures import Member, Structure, get_tensor
+
+SMOOTHING = 0.9
+"""What remains of the earlier score at each optimizer step."""
+
+
+def score_structures(
+    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName, zero: Any = None
+) -> dict[str, torch.Tensor]:
+    """Score the units of structures at one optimizer step.
+
+    `magnitude` is the mean |weight| and `snip_momentum` the mean |weight * gradient| over the unit's weights: the FFN2
+    column of a channel; for a head the rows of query, key and value and the columns of the output projection, each
+    averaged, then averaged together. `taylor` is |sum of weight * gradient| over the FFN2 or output-projection
+    columns (Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650): how much the loss would
+    change, to first order, without the unit.
+
+    Args:
+        model: The model that the structures were found in, with gradients except for `magnitude`. Where its tensors
+            are sharded, every process has to call this.
+        structures: Its structures.
+        criterion: `magnitude`, `snip_momentum` or `taylor`.
+        zero: DeepSpeed's ZeRO optimizer, where it holds the weights and gradients; every process has to call this.
+
+    Returns:
+        For each structure's name a float32 tensor of shape `[units]`; larger is more important.
+    """
+    scored = {s.name: _scored_members(s, criterion) for s in structures}
+    places = dict.fromkeys((m.tensor, m.dim) for members in scored.values() for m in members)
+    if zero is None:
+        sums = sum_over_shards(model, {place: _sum_products(model, *place, criterion) for place in places})
+    else:
+        sums = sum_places(zero, model, places, _PRODUCTS[criterion], gradient=criterion != "magnitude")
+    scores = {}
+    for name, members in scored.items():
+        parts = [m.sum_units(sums[m.tensor, m.dim]) for m in members]
+        if criterion == "taylor":
+            scores[name] = torch.stack(parts).sum(0).abs()
+        else:
+            sizes = [_weights_per_unit(model, m) for m in members]
+            scores[name] = torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).mean(0)
+    return scores
+
+
+def score_units(model: nn.Module, structure: Structure, criterion: CriterionName) -> torch.Tensor:
+    """Score the units of one structure; see `score_structures`.
+
+    Args:
+        model: The model that the structure was found in, with gradients except for `magnitude`.
+        structure: One of its structures.
+        criterion: `magnitude`, `snip_momentum` or `taylor`.
+
+    Returns:
+        float32 tensor of shape `[units]`; larger is more important.
+    """
+    return score_structures(model, [structure], criterion)[structure.name]
+
+
+def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch.Tensor:
+    """Add a step's scores to those of the steps before: score <- 0.9 score + current.
+
+    Args:
+        previous: Smoothed scores so far, shape `[units]`, or None at the first step.
+        current: This step's scores, shape `[units]`.
+
+    Returns:
+        The smoothed scores, shape `[units]`.
+    """
+    return current if previous is None else previous.to(current.device).mul(SMOOTHING).add_(current)
+
+
+_PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
+    "magnitude": torch.abs,
+    "snip_momentum": lambda weight, gradient: (weight * gradient).abs(),
+    "taylor": torch.mul,
+}
+"""What is summed up for a score, element by element."""
+
+
+def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
+    whole_head = structure.kind == "mha" and criterion != "taylor"
+    return [m for m in structure.members if m.role == "output" or (whole_head and m.role == "input")]
+
+
+@torch.no_grad()
+def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionName) -> torch.Tensor:
+    """For each position along a dimension of this process's part of a weight the sum of what is scored."""
+    whole = get_tensor(model, name)
+    weight = find_local(whole)
+    if criterion == "magnitude":
+        return sum_tiles(dim, torch.abs, weight)
+    if whole.grad is None:
+        return torch.zeros(weight.shape[dim], device=weight.device)
+    return sum_tiles(dim, _PRODUCTS[criterion], weight, find_local(whole.grad))
+
+
+def _weights_per_unit(model: nn.Module, member: Member) -> float:
+    weight = get_tensor(model, member.tensor)
+    shape = whole_shape(weight)
+    return member.index.shape[1] * shape.numel() / shape[member.dim]

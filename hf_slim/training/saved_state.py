@@ -1,0 +1,137 @@
+"""What a checkpoint holds of a slimming run: whether it is as it was written, and of the same settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..arguments import SlimConfig
+from ..structures import Masks
+from .plan import Plan, to_state
+
+Settings = SlimConfig | Sequence[dict[str, Any]]
+
+_MOST = torch.finfo(torch.float32).max
+"""The largest finite score; no comparison with NaN holds."""
+
+
+def check_saved(saved: Any) -> None:
+    """Refuse what cannot have come from `Slimmer.to_state`.
+
+    Args:
+        saved: What a checkpoint holds.
+
+    Raises:
+        ValueError: If parts are missing or of other types.
+    """
+    kinds: dict[str, tuple[type, ...]] = {
+        "settings": (dict, list),
+        "steps": (list,),
+        "events": (list,),
+        "live": (bool,),
+        "dropped": (dict,),
+        "scores": (dict,),
+    }
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            raise damaged(f"it has no {name}")
+    if any(not isinstance(plan, list) or not plan or any(type(s) is not int for s in plan) for plan in saved["steps"]):
+        raise damaged("its steps are not lists of numbers")
+    if any(type(events) is not int for events in saved["events"]):
+        raise damaged("its events are not numbers")
+    if not all(isinstance(values, list) for name in ("dropped", "scores") for values in saved[name].values()):
+        raise damaged("its dropped units or scores are not lists")
+    if any(type(score) not in (int, float) for scores in saved["scores"].values() for score in scores):
+        raise damaged("its scores are not numbers")
+
+
+def damaged(what: str) -> ValueError:
+    """The error for a state that is not as it was written."""
+    return ValueError(
+        f"The slimming state in the checkpoint's trainer_state.json does not fit or is damaged: {what}. Resume from "
+        "another checkpoint, with the model of the run."
+    )
+
+
+def read_masks(dropped_units: Mapping[str, Any], masks: Masks) -> dict[str, torch.Tensor]:
+    """The masks that a checkpoint holds.
+
+    Args:
+        dropped_units: For names of structures the numbers of the dropped units, from what passed `check_saved`.
+        masks: Masks of the model, of which only the names and lengths count.
+
+    Returns:
+        For each of the names a boolean tensor of shape `[units]`, True = keep.
+
+    Raises:
+        ValueError: If the model has no such structure, or other units.
+    """
+    read = {}
+    for name, dropped in dropped_units.items():
+        if name not in masks:
+            raise damaged(f"{name!r} is in only one of the state and the model")
+        units = len(masks[name])
+        if not all(type(unit) is int and 0 <= unit < units for unit in dropped):
+            raise damaged(f"the dropped units of {name} are not among its {units} units")
+        read[name] = torch.ones(units, dtype=torch.bool)
+        read[name][dropped] = False
+    return read
+
+
+def check_fit(saved: Mapping[str, Any], plans: Sequence[Plan]) -> None:
+    """Refuse a saved state that does not fit what is to be removed now.
+
+    Args:
+        saved: What passed `check_saved`.
+        plans: The plans of this run.
+
+    Raises:
+        ValueError: If the structures, the scores or the numbers of pruning steps do not fit.
+    """
+    units = {s.name: s.units for plan in plans for s in plan.structures}
+    odd = sorted(set(units) - set(saved["dropped"]) if saved["live"] else set(saved["dropped"]) ^ set(units))
+    if odd:  # what left the model in an earlier training may be there, too
+        raise damaged(f"{odd[0]!r} is in only one of the state and the model")
+    for name, scores in saved["scores"].items():
+        if len(scores) != units.get(name) or not all(abs(score) <= _MOST for score in scores):
+            raise damaged(f"the scores of {name} are not {units.get(name)} finite numbers")
+    if len(saved["events"]) != len(plans) or any(
+        not 0 <= done <= len(plan.schedule.steps) for done, plan in zip(saved["events"], plans, strict=False)
+    ):
+        raise damaged(f"{saved['events']} pruning steps of {len(plans)} schedules are said to be done")
+
+
+def refuse_other_settings(saved: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse to go on with other settings than those of a checkpoint.
+
+    Args:
+        saved: What passed `check_saved`.
+        settings: The settings of this run.
+
+    Raises:
+        ValueError: If they differ; the message says in what.
+    """
+    given = json.loads(json.dumps(to_state(settings)))
+    if saved["settings"] != given:
+        raise ValueError(
+            f"The checkpoint was made with other slim settings: {_difference(saved['settings'], given)}. "
+            "Resume with the settings of the checkpoint, or start anew."
+        )
+
+
+def _difference(stored: Any, given: Any) -> str:
+    if isinstance(stored, list) and isinstance(given, list):
+        if len(stored) != len(given):
+            return f"{len(stored)} entries there, {len(given)} here"
+        entries = enumerate(zip(stored, given, strict=True))
+        return "; ".join(f"entry {number}: {_difference(*pair)}" for number, pair in entries if pair[0] != pair[1])
+    if isinstance(stored, dict) and isinstance(given, dict):
+        return ", ".join(
+            f"{name}={stored.get(name)!r} there, {given.get(name)!r} here"
+            for name in sorted({*stored, *given})
+            if stored.get(name) != given.get(name)
+        )
+    return f"{stored!r} there, {given!r} here"

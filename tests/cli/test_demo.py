@@ -1,0 +1,71 @@
+"""The demo: its files, and its run cut short."""
+
+import csv
+import json
+
+import pytest
+
+from hf_slim.cli.command import main
+from hf_slim.cli.demo import write_demo
+from hf_slim.cli.tokenizer import load_tokenizer
+
+
+def _read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_files_are_the_same_every_time(tmp_path):
+    write_demo(tmp_path / "one")
+    write_demo(tmp_path / "two")
+    for name in ("train.csv", "validation.csv", "vocab.txt", "config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    rows = _read(tmp_path / "one" / "train.csv")
+    assert (len(rows), len(_read(tmp_path / "one" / "validation.csv"))) == (4000, 500)
+    assert all(0 <= float(row["score"]) <= 5 for row in rows)
+
+
+def test_every_word_is_in_the_vocabulary(tmp_path):
+    write_demo(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path / "vocab.txt"))
+    for row in _read(tmp_path / "train.csv")[:200]:
+        ids = tokenizer(row["sentence1"], row["sentence2"])["input_ids"]
+        assert len(ids) == 17
+        assert tokenizer.unk_token_id not in ids
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+def test_like_opinions_score_high(tmp_path):
+    write_demo(tmp_path)
+    same = [
+        float(row["score"])
+        for row in _read(tmp_path / "train.csv")
+        if row["sentence1"].split()[-1] == row["sentence2"].split()[-1]
+    ]
+    opposite = [
+        float(row["score"])
+        for row in _read(tmp_path / "train.csv")
+        if {row["sentence1"].split()[-1], row["sentence2"].split()[-1]} == {"awful", "superb"}
+    ]
+    assert sum(same) / len(same) > 4.6
+    assert sum(opposite) / len(opposite) < 0.4
+
+
+def test_the_demo_takes_the_flags_of_a_run(tmp_path, capsys):
+    flags = ["--max_steps", "2", "--ffn2_sparsity", "0.8", "--mha_sparsity", "0"]
+    assert main(["demo", "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    figures = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    # 80% of 4 * 512 channels, rounded to what layers of multiples of 32 leave: each has 128 rows, columns and a bias.
+    removed = figures["dense"]["parameters"] - figures["slimmed"]["parameters"]
+    assert removed % (32 * 257) == 0
+    assert 0.7 < removed / (2048 * 257) <= 0.8
+    assert "The slim model lies in" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_demo_loses_next_to_nothing(tmp_path):
+    assert main(["demo", "--output_dir", str(tmp_path / "out")]) == 0
+    figures = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert figures["dense"]["metrics"]["pearson"] > 0.93
+    assert figures["slimmed"]["metrics"]["pearson"] > figures["dense"]["metrics"]["pearson"] - 0.01
+    assert figures["slimmed"]["parameters"] < 0.55 * figures["dense"]["parameters"]

@@ -1,0 +1,98 @@
+"""A whole schedule in two processes gives the masks, and to rounding the weights, of one process."""
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import compare
+
+TESTS = Path(__file__).parents[1]
+IN_TWO = ("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py")
+WITH_DEEPSPEED = [
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="deepspeed on the CPU compiles an operator with g++"),
+]
+
+
+def launch(*command: str) -> None:
+    """Run tests/distributed.py."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def alone(request, tmp_path_factory):
+    """What one process makes of a model."""
+    out = tmp_path_factory.mktemp("single")
+    launch(sys.executable, "distributed.py", "single", request.param, str(out))
+    return request.param, out
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Trains a model in two processes, in the same way only once; gives the folder."""
+
+    @functools.cache
+    def train(mode: str, name: str) -> Path:
+        out = tmp_path_factory.mktemp(mode)
+        launch(*IN_TWO, mode, name, str(out))
+        return out
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["ddp", "fsdp", *(pytest.param(mode, marks=WITH_DEEPSPEED) for mode in ("zero2", "zero3"))],
+)
+def test_two_processes_do_what_one_does(mode, alone, together):
+    name, one = alone
+    result = compare(one, together(mode, name))
+    assert (result["processes"], result["steps"], result["other_masks"], result["other_parameters"]) == (2, 12, 0, 0)
+    assert result["loss"] < 1e-5
+    assert result["weights"] < 1e-5
+
+
+def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(together, tmp_path):
+    whole = together("ddp", "bert")
+    launch(*IN_TWO, "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))
+    result = compare(whole, tmp_path)
+    assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)
+    assert (result["loss"], result["weights"]) == (0, 0)
+
+
+def test_every_process_fails_where_the_first_one_does(tmp_path):
+    """And none waits for another: each save ends in both, and the next one works."""
+    launch("torchrun", "--standalone", "--nproc_per_node", "2", "failing.py", str(tmp_path))
+    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
+    written = f"The folder {tmp_path}/{{}} could not be written: disk full. What was there before is unchanged."
+    assert first.pop("an upload").startswith("RuntimeError: The upload to me/x failed: ")
+    assert second.pop("an upload").startswith(
+        "RuntimeError: The first process failed: RuntimeError: The upload to me/x"
+    )
+    assert first == {
+        "a file": f"NotADirectoryError: output_dir='{tmp_path}/file' is a file; name a folder.",
+        "writing": f"OSError: {written.format('slim')}",
+        "an interrupt": "KeyboardInterrupt: stop",
+        "nothing": "29538",
+        "sharded, writing": f"OSError: {written.format('sharded')}",
+        "sharded, building": "MemoryError: no memory to put it together",
+        "sharded, nothing": "29538",
+        "in place": "29538",
+    }
+    assert second == {
+        name: end if end == "29538" else f"RuntimeError: The first process failed: {end}"
+        for name, end in first.items()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("file", "inplace", "pushed", "result-0.json", "result-1.json", "sharded", "slim")
+    ]

@@ -1,0 +1,96 @@
+"""Sizes, latency and how they print."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from hf_slim.saving.report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency
+
+CONFIG = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 10,
+}
+# Embeddings (20 + 10 + 2) * 8 and a norm; four 8x8 layers and a norm; 8 -> 16 -> 8 and a norm; the pooler.
+ENCODER = 272 + (4 * 72 + 16) + (8 * 16 + 16 + 16 * 8 + 8 + 16)
+POOLER = 72
+
+
+def test_counts_of_a_classifier() -> None:
+    model = BertForSequenceClassification(BertConfig(**CONFIG, num_labels=3))
+    expected = ENCODER + POOLER + 3 * 8 + 3
+    assert count_parameters(model) == expected
+    assert count_bytes(model) == 4 * expected
+    assert count_bytes(model.to(torch.bfloat16)) == 2 * expected
+
+
+def test_tied_weights_count_once() -> None:
+    model = BertForMaskedLM(BertConfig(**CONFIG))
+    expected = ENCODER + (72 + 16) + 20  # the transform and the bias; the decoder is the word embeddings
+    assert count_parameters(model) == expected
+    assert count_bytes(model) == 4 * expected
+
+
+def test_bytes_hold_what_is_saved() -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("saved", torch.zeros(5, dtype=torch.int64))
+    model.register_buffer("unsaved", torch.zeros(5), persistent=False)
+    assert count_bytes(model) == 4 * 8 + 8 * 5
+
+
+def test_report_prints_every_structure() -> None:
+    report = SlimReport(
+        parameters_before=1_000_000,
+        parameters_after=600_000,
+        bytes_before=4_000_000,
+        bytes_after=2_400_000,
+        structures=(
+            StructureSize("layer.0.output.dense", "ffn", 1536, 320),
+            StructureSize("layer.0.attention.output.dense", "mha", 12, 12),
+        ),
+    )
+    assert str(report) == (
+        "                                        before    after  change\n"
+        "---------------------------------------------------------------\n"
+        "parameters                           1,000,000  600,000  -40.0%\n"
+        "megabytes                                  4.0      2.4  -40.0%\n"
+        "layer.0.output.dense            ffn      1,536      320  -79.2%\n"
+        "layer.0.attention.output.dense  mha         12       12   +0.0%"
+    )
+
+
+class _Recorder(nn.Module):
+    def __init__(self, calls: list[tuple[str, bool, bool]], name: str) -> None:
+        super().__init__()
+        self.calls, self.name = calls, name
+        self.inner = nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append((self.name, self.inner.training, torch.is_inference_mode_enabled()))
+        return x
+
+
+def test_latency_alternates_and_restores_the_mode() -> None:
+    calls: list[tuple[str, bool, bool]] = []
+    models = {name: _Recorder(calls, name) for name in ("dense", "slim")}
+    models["slim"].inner.eval()
+    latency = measure_latency(models, {"x": torch.ones(1)}, repeats=4)
+    assert list(latency) == ["dense", "slim"] and all(value > 0 for value in latency.values())
+    assert calls == [("dense", False, True), ("slim", False, True)] * (3 + 4)
+    assert [(m.training, m.inner.training) for m in models.values()] == [(True, True), (True, False)]
+
+
+def test_latency_restores_the_mode_after_an_error() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        measure_latency({"a": model}, {"x": torch.ones(1)})
+    assert model.training
+
+
+def test_latency_refuses_no_repeats() -> None:
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure_latency({}, {}, repeats=0)

@@ -33,8 +33,8 @@ from ..structures import (
 )
 from .compact import round_masks
 from .config_fields import record_shapes
-from .cuts import Cuts
 from .shape_record import find_pretrained
+from .undo import Undo
 from .zeros import find_zero_units
 
 logger = logging.get_logger(__name__)
@@ -87,7 +87,7 @@ class Proof:
             VerificationError: If the outputs differ, or the model does not run any more.
             BaseException: What is raised meanwhile; the model is then as before.
         """
-        cuts = Cuts(self._model, shared=shared)
+        undo = Undo(self._model, shared=shared)
         computed: dict[torch.dtype, Outputs] = {}
         self._readers = {
             get_module(self._model, _owners(m.tensor)[0]): m.tensor for s in structures for m in s.outputs
@@ -95,31 +95,31 @@ class Proof:
 
         def run_masked(dtype: torch.dtype) -> Outputs:
             if dtype not in computed:
-                cuts.put_back()
+                undo.put_back()
                 computed[dtype] = self._run(dtype)
             return computed[dtype]
 
         def run_slim(dtype: torch.dtype) -> Outputs:
-            record(cuts.make(structures, masks))
+            record(undo.cut(structures, masks))
             return self._run_slim(dtype)
 
         try:
             compare_runs(run_masked, run_slim)
         except VerificationError as error:
-            cuts.put_back()
+            undo.put_back()
             dtype = torch.float64 if torch.float64 in computed else torch.float32
             message = str(error)
             if all(is_comparable(output) for output in computed[dtype].values()):
                 dropped = [s for s in structures if not masks[s.name].all()]
                 try:
-                    names = list(self._find_blamed(dropped, masks, cuts, computed[dtype], dtype))
+                    names = list(self._find_blamed(dropped, masks, undo, computed[dtype], dtype))
                 finally:
-                    cuts.put_back()
+                    undo.put_back()
                 message += f" {_name_blamed(names or [s.name for s in dropped])}"
             consequence = "Nothing was saved." if shared else "The model is as it was."
             raise VerificationError(f"{message} {consequence}") from error.__cause__ or error
         except BaseException:
-            cuts.put_back()
+            undo.put_back()
             raise
 
     def find_unproven(self, structures: Iterable[Structure], masks: Masks) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ class Proof:
             ) from error
 
     def _find_blamed(
-        self, structures: Sequence[Structure], masks: Masks, cuts: Cuts, expected: Outputs, dtype: torch.dtype
+        self, structures: Sequence[Structure], masks: Masks, undo: Undo, expected: Outputs, dtype: torch.dtype
     ) -> Iterator[str]:
         """Halve the structures until those are left that make a difference by themselves; not many of them."""
         found = 0
@@ -181,7 +181,7 @@ class Proof:
         while waiting and found < _BLAMED:
             some = waiting.pop()
             try:
-                cuts.make(some, masks)
+                undo.cut(some, masks)
                 compare_outputs(expected, self._run_slim(dtype))
             except VerificationError:
                 half = len(some) // 2
@@ -190,7 +190,7 @@ class Proof:
                 else:
                     found += 1
                     yield some[0].name
-            cuts.put_back()
+            undo.put_back()
 
 
 def find_proof(
@@ -264,12 +264,14 @@ def merge_proven(model: nn.Module, proof: Proof | None) -> tuple[nn.Module, Proo
     return merged, proof
 
 
-def find_removable(model: nn.Module, multiple: int) -> tuple[tuple[Structure, ...], Masks]:
+def find_removable(model: nn.Module, multiple: int, known: Masks | None = None) -> tuple[tuple[Structure, ...], Masks]:
     """Find the zero units of a model that can be removed.
 
     Args:
         model: The masked model.
         multiple: Multiple for the number of intermediate channels.
+        known: For the names of structures whose zero units are known a boolean tensor of shape `[units]`, True = keep;
+            those of the others are looked for.
 
     Returns:
         Its structures; and for the name of each a boolean tensor of shape `[units]`, True = keep.
@@ -282,7 +284,10 @@ def find_removable(model: nn.Module, multiple: int) -> tuple[tuple[Structure, ..
         raise ValueError(f"{type(model).__name__} has adapters, so it cannot be made smaller. {REMEDY}")
     structures = require_structures(model, found)
     check_values(model, (member.tensor for s in structures for member in s.members))
-    return structures, round_masks(structures, find_zero_units(model, structures), multiple)
+    known = {} if known is None else known
+    masks = {s.name: known[s.name] for s in structures if len(known.get(s.name, ())) == s.units}
+    masks |= find_zero_units(model, [s for s in structures if s.name not in masks])
+    return structures, round_masks(structures, masks, multiple)
 
 
 def remove_units(
@@ -312,11 +317,11 @@ def remove_units(
     if proof is not None and dropped:
         proof.remove(structures, masks, record, shared=is_copy)
         return proof.find_unproven(structures, masks)
-    cuts = Cuts(model, shared=is_copy)
+    undo = Undo(model, shared=is_copy)
     try:
-        record(cuts.make(structures, masks))
+        record(undo.cut(structures, masks))
     except BaseException:
-        cuts.put_back()
+        undo.put_back()
         raise
     return tuple(s.name for s in dropped)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..compaction import Cuttings, compact_model, zero_units
+from ..compaction import Undo, compact_model, zero_units
 from ..parallel import find_device
 from ..proof import RUN_ERRORS, VerificationError, compare_outputs, evaluating, find_tensors, widened
 from ..structures import Masks, Structure, get_module
@@ -192,7 +192,8 @@ def _compact_in(
     calls: Sequence[Call],
 ) -> Proof:
     """Zero, run, cut, run, compare, in one type; put back on any error."""
-    cuttings = Cuttings(model, structures, masks, optimizer)
+    undo = Undo(model, optimizer)
+    undo.keep(structures, masks)
     try:
         zero_units(model, structures, masks)
         try:
@@ -209,7 +210,7 @@ def _compact_in(
             raise VerificationError(f"{type(error).__name__}: {error}") from error
         _compare_runs(expected, actual)
     except BaseException:
-        cuttings.put_back()
+        undo.put_back()
         raise
     return Proof(compacted, frozenset(_find_reached(model, structures, expected.called)))
 
@@ -242,12 +243,13 @@ def _find_blamed(
 
 
 def _differs(model: nn.Module, structures: Sequence[Structure], masks: Masks, calls: Sequence[Call]) -> bool:
-    cuttings = Cuttings(model, structures, masks)
+    undo = Undo(model)
+    undo.keep(structures, masks)
     try:
         _compact_same(model, structures, masks, None, calls)
     except (VerificationError, Unproven) as error:
         return isinstance(error, VerificationError)
-    cuttings.put_back()
+    undo.put_back()
     return False
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_slim import find_structures, model_slim, save_slimmed
-from hf_slim.compaction.cuts import Cuts
+from hf_slim.compaction.undo import Undo
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.made_inputs import make_inputs
 from hf_slim.proof.output_comparison import VerificationError, compare_models, compute_outputs, widened
@@ -358,10 +358,11 @@ def test_what_is_kept_is_no_larger_than_what_is_cut(family):
     model = mask(build(family))
     structures = find_structures(model).structures
     before = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    cuts = Cuts(model)
-    cuts.make(structures, half_masks(structures))
+    undo = Undo(model)
+    undo.cut(structures, half_masks(structures))
     removed = before - sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    assert removed > 0 and sum(cut.values.untyped_storage().nbytes() for cut in cuts._cuts) == 4 * removed
+    kept = [piece.values for step in undo._steps for piece in step.args[-1]]
+    assert removed > 0 and sum(values.untyped_storage().nbytes() for values in kept) == 4 * removed
 
 
 @pytest.mark.parametrize("kind", ["part of a larger tensor", "transposed", "in shared memory"])

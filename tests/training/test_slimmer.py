@@ -167,12 +167,12 @@ def test_a_graph_of_an_earlier_step_may_be_held():
         held.append(model(**make_batch(model, seed=step)).loss)
         take_step(model, optimizer, slimming, step)
     assert slimming.is_live
-    assert [s.units for s in slimming.structures] == [
-        2 * slimming._units.current(s).units for s in slimming.structures
+    assert [s.units for s in slimming.plan.structures] == [
+        2 * slimming.shape.find_current(s.name).units for s in slimming.plan.structures
     ]
 
 
 def check_zeros(model, slimming):
-    for structure in slimming.structures:
+    for structure in slimming.plan.structures:
         for (name, dim), where in structure.positions(~slimming.masks[structure.name]).items():
             assert not model.get_parameter(name).index_select(dim, where).any()

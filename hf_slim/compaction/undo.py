@@ -100,7 +100,7 @@ class Undo:
         self._snapshot.put_back()
 
     def _keep_tensor(self, name: str, cut: Cut, *, whole: bool) -> None:
-        """Keep a tensor with its gradient: what is cut from it, or all of it where that takes no memory or is needed."""
+        """Keep a tensor with its gradient: what is cut from it, or all of it where that takes no memory."""
         tensor = get_tensor(self._model, name)
         values = read_tensor(self._model, name).detach()
         pieces = [] if whole or self._shared or not _is_alone(values) else _take_pieces(values, cut)

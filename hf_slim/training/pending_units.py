@@ -39,7 +39,7 @@ class PendingUnits(MaskedUnits):
         self._is_required = is_required
 
     def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
-        """Take live compaction if the optimizer\'s state can be cut; see `Units`."""
+        """Take live compaction if the optimizer's state can be cut; see `Units`."""
         obstacle = _find_state_obstacle(model, optimizer, self.shape, structures)
         if obstacle is None:
             return LiveUnits(self.shape, self._shards, is_required=self._is_required)

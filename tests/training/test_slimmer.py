@@ -86,7 +86,7 @@ def test_no_tensor_as_large_as_a_weight(family, criterion):
     model = build(family)
     scored = make_slimming(model, slim_criterion=criterion, **LATE)
     smallest = min(
-        model.get_parameter(m.tensor).numel() for s in scored.structures for m in s.members if m.role == "output"
+        model.get_parameter(m.tensor).numel() for s in scored.plan.structures for m in s.members if m.role == "output"
     )
     optimizer = torch.optim.AdamW(model.parameters())
     model(**make_batch(model)).loss.backward()

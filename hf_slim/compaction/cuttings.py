@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..modeling_hf_slim import ConfigView
-from ..parallel import change_tensor, take_positions
+from ..parallel import Place, change_tensor, take_positions
 from ..structures import Masks, Structure, get_tensor
-from .optimizer_state import Place, find_state_slices
+from .optimizer_state import find_state_slices
 
 
 class _Piece(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..compaction import compact_model, find_pretrained, find_state_slices, own_configs, refresh_record
 from ..modeling_hf_slim import set_sizes
-from ..parallel import change_tensor
+from ..parallel import WholeTensors, change_tensor
 from ..structures import Discovery, Masks, Structure, get_module, get_tensor, set_count
 from .captured_batch import Call
 from .live_proof import Proof, compact_proven, is_costly
@@ -148,7 +148,7 @@ class LiveUnits:
 
     def keep_zeros(self) -> None:
         """Let nothing leave the model any more: what is dropped from here on stays in it as zeros."""
-        self._zeros = MaskedUnits(self._current.values())
+        self._zeros = MaskedUnits(self._current.values(), WholeTensors())
 
     def take_up(self, masks: Masks, unproven: Iterable[str], *, keeps_zeros: bool) -> None:
         """Go on as a checkpoint says.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..compaction import Place, Slices, Zeros, find_state_slices, find_zero_units, find_zeros, write_zeros, zero_state
-from ..parallel import find_local, find_nonzero
+from ..compaction import Slices, find_state_slices, find_zeros, zero_state
+from ..parallel import Place, Shards, Zeros
 from ..structures import Masks, Structure, get_tensor
 
 
@@ -23,13 +23,13 @@ class MaskedUnits:
 
     Args:
         structures: The structures whose units may be dropped.
-        zero: DeepSpeed's ZeRO optimizer, if there is one; then everything is written again after every step.
+        shards: Where the model's weights are.
     """
 
-    def __init__(self, structures: Iterable[Structure], zero: Any = None) -> None:
+    def __init__(self, structures: Iterable[Structure], shards: Shards) -> None:
         """See the class."""
         self._structures = {s.name: s for s in structures}
-        self._zero = zero
+        self._shards = shards
         self._slices: Slices = {}
         self._restless: Zeros = []
         self._unseen: Zeros = []
@@ -60,15 +60,13 @@ class MaskedUnits:
         """
         self._masks = {name: mask.clone() for name, mask in masks.items()}
         structures = [self._structures[name] for name in masks]
-        self._zeros = {s.name: find_zeros(model, [s], masks, self._zero) for s in structures}
+        self._zeros = {s.name: find_zeros(model, [s], masks, self._shards) for s in structures}
         zeros = [z for found in self._zeros.values() for z in found]
-        problems: Mapping[Place, str] = {}
-        if self._zero is None:
-            self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
+        self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
         self._write(model, zeros, optimizer)
         moving = self._returned | problems.keys()
-        self._restless = [z for z in zeros if self._zero is not None or z[:2] in moving]
-        self._unseen = [z for z in zeros if self._zero is None and z[:2] not in moving]
+        self._restless = [z for z in zeros if z[:2] in moving]
+        self._unseen = [z for z in zeros if z[:2] not in moving]
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
@@ -79,7 +77,11 @@ class MaskedUnits:
             optimizer: The optimizer.
         """
         if self._unseen:
-            self._restless = [*self._restless, *self._find_restless(model)]
+            told = self._shards.find_restless(model, self._unseen)
+            self._restless = [
+                *self._restless,
+                *(z for z, moves in zip(self._unseen, told, strict=True) if moves),
+            ]
             self._unseen = []
         self._write(model, self._restless, optimizer)
 
@@ -94,17 +96,8 @@ class MaskedUnits:
         Returns:
             The names of the structures of which units had come back, as far as this process holds them.
         """
-        if self._zero is not None:
-            structures = [self._structures[name] for name in self._masks]
-            used = find_zero_units(model, structures, whole=True, zero=self._zero)
-            names = [name for name, mask in self._masks.items() if (used[name] & ~mask).any()]
-            self._write(model, [z for name in names for z in self._zeros[name]], optimizer)
-            return names
         places = [(name, z) for name, zeros in self._zeros.items() for z in zeros]
-        flags = [find_local(get_tensor(model, z[0])).index_select(z[1], z[2]).any() for _, z in places]
-        if not flags:
-            return []
-        told = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the device is waited for once
+        told = self._shards.find_returned(model, [z for _, z in places])
         returned = [place for place, is_back in zip(places, told, strict=True) if is_back]
         self._write(model, [z for _, z in returned], optimizer)
         self._returned |= {z[:2] for _, z in returned}
@@ -114,22 +107,9 @@ class MaskedUnits:
         self._restless = [*self._restless, *(z for _, z in returned if z[:2] not in known)]
         return list(dict.fromkeys(name for name, _ in returned))
 
-    def _find_restless(self, model: nn.Module) -> list[tuple[str, int, torch.Tensor]]:
-        """Which zeros an optimizer step has moved or may move: those with a gradient, or without any to judge by."""
-        flags = []
-        for name, dim, where in self._unseen:
-            tensor = get_tensor(model, name)
-            flag = find_nonzero(dim, find_local(tensor))[where].any()
-            if tensor.requires_grad and tensor.grad is None:
-                flag = torch.ones_like(flag)
-            elif tensor.requires_grad:
-                gradient = find_nonzero(dim, find_local(tensor.grad))  # type: ignore[arg-type]
-                flag = flag | gradient[where].any() | gradient.any().logical_not()
-            flags.append(flag)
-        told = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the device is waited for once
-        return [zeros for zeros, is_restless in zip(self._unseen, told, strict=True) if is_restless]
-
     def _write(self, model: nn.Module, zeros: Zeros, optimizer: Any) -> None:
-        write_zeros(model, zeros, self._zero)
-        for name, dim, where in zeros if self._zero is None and optimizer is not None else ():
-            zero_state(optimizer, get_tensor(model, name), self._slices[name, dim], where)
+        for name, dim, where in zeros:
+            tensor = get_tensor(model, name)
+            self._shards.write_zeros(tensor, dim, where)
+            if optimizer is not None:
+                zero_state(optimizer, tensor, self._slices[name, dim], where, self._shards)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..arguments import CriterionName, SlimConfig
 from ..compaction import find_zero_units, has_state
-from ..parallel import call_before_step, find_zero_optimizer, whole_shapes
+from ..parallel import find_shards, whole_shapes
 from ..structures import Structure, find_structures
 from .captured_batch import Call, Capture
 from .importance import score_structures
@@ -72,7 +72,7 @@ class Slimmer:
         """See the class."""
         self.settings = settings
         self._find_others = find_others
-        self._zero = find_zero_optimizer(optimizer)
+        self._shards = find_shards(model, optimizer)
         steps = None
         if saved is not None:
             refuse_other_settings(saved, settings)
@@ -86,16 +86,16 @@ class Slimmer:
             found = find_structures(model) if live is None else live.found
             self.plans = make_plans(model, settings, max_steps, begin=begin, steps=steps, found=found)
         obstacle = find_obstacle(live, model, optimizer, self.structures, obstacle, is_required=required)
-        self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._zero)
+        self._units: MaskedUnits | LiveUnits = live or MaskedUnits(self.structures, self._shards)
         self._live: LiveUnits | None = None  # taken when the optimizer's state is known, at the first step
         if self.plans and live is None and wanted is not False and obstacle is None and not was_masked:
             self._live = LiveUnits(found)
         self.masks = (
             {s.name: live.kept[s.name].clone() for s in self.structures}
             if live is not None
-            else find_zero_units(model, self.structures, whole=True, zero=self._zero)
+            else find_zero_units(model, self.structures, self._shards, whole=True)
         )
-        self.scores = Scores(self._zero)
+        self.scores = Scores(self._shards)
         self._capture = Capture()
         self._warned: set[str] = set()
         self._events = [0] * len(self.plans)
@@ -103,8 +103,7 @@ class Slimmer:
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer)
-        if self._zero is not None:
-            self._undo = call_before_step(self._zero, lambda scale: self._score_scaled(model, scale))
+        self._undo = self._shards.call_before_step(lambda scale: self._score_scaled(model, scale))
 
     def close(self) -> None:
         """Leave the optimizer and the model's hooks as they were."""
@@ -155,7 +154,7 @@ class Slimmer:
         Raises:
             RuntimeError: If no gradient is there, or one is NaN or infinite.
         """
-        if self._zero is not None:
+        if self._shards.scores_before_step:
             return  # the step has been taken already, and the units scored right before it
         self._score(model, step)
         if not may_be_skipped:
@@ -290,7 +289,9 @@ class Slimmer:
         """Drop units as the plan's schedule says; not yet if no optimizer step has been taken so far (fp16)."""
         scores = self.scores.smoothed
         if plan.criterion == "magnitude":
-            scores = score_structures(model, [*map(self._units.current, plan.structures)], plan.criterion, self._zero)
+            scores = score_structures(
+                model, [*map(self._units.current, plan.structures)], plan.criterion, self._shards
+            )
             refuse_nonfinite(scores, step)
         elif not self.scores.can_select():
             return False
@@ -328,7 +329,7 @@ class Slimmer:
             if live.has_removed:
                 live.keep_zeros()
             else:
-                self._units = MaskedUnits(self.structures, self._zero)
+                self._units = MaskedUnits(self.structures, self._shards)
             self._units.apply(model, self.masks, optimizer)
         if live.gap is not None:
             self._warn_once("gap", f"The removal of units is not proven on the batch of the training: {live.gap}.")

@@ -1,4 +1,4 @@
-"""One rank of tests/test_zero.py: trains a tiny model, in one plain process or under DeepSpeed ZeRO.
+"""One rank of test_deepspeed_zero.py: trains a tiny model, in one plain process or under DeepSpeed ZeRO.
 
 Run as `torchrun zero_worker.py SETTINGS.json`; rank 0 writes what it saw beside the settings.
 """
@@ -13,16 +13,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_slim import find_structures
-from hf_slim.parallel.deepspeed_zero import (
-    call_before_step,
-    clip_factor,
-    find_zero_optimizer,
-    reduce_sums,
-    sum_positions,
-    whole_shapes,
-    whole_state_dict,
-    write_zeros_everywhere,
-)
+from hf_slim.parallel.deepspeed_zero import ZeroPartitions, whole_shapes, whole_state_dict
+from hf_slim.parallel.shards import find_shards
 
 DROP_AT, STEPS = 3, 7
 
@@ -34,12 +26,14 @@ class Watch(TrainerCallback):
         self.order, self.scores, self.moved, self.returned, self.clips = [], [], 0, 0, []
 
     def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
-        self.zero = find_zero_optimizer(optimizer)
+        self.shards = find_shards(model, optimizer)
+        self.is_zero, self.kind = isinstance(self.shards, ZeroPartitions), type(optimizer.optimizer).__name__
         with whole_shapes(model):
             self.structures = find_structures(model).structures
         self.members = [
             (get(model, m.tensor), m) for s in self.structures for m in s.members if m.role in ("output", "input")
         ]
+        self.places = [(m.tensor, m.dim) for _, m in self.members]
         places = {}
         for s in self.structures:
             dropped = torch.arange(s.units) % 3 == 1
@@ -47,32 +41,31 @@ class Watch(TrainerCallback):
                 places[name, dim] = where
         self.zeros = [(get(model, name), dim, where) for (name, dim), where in places.items()]
         self.untouched = self._count(model)
-        if self.zero is not None:
-            self.undo = call_before_step(self.zero, self.score_parts)
+        self.undo = self.shards.call_before_step(lambda loss_scale: self.score_parts(model, loss_scale))
 
-    def score_parts(self, loss_scale):
+    def score_parts(self, model, loss_scale):
         self.order.append("score")
-        sums = [sum_positions(t, m.dim, torch.mul, gradient=True) for t, m in self.members]
-        self.pending = torch.cat(reduce_sums(self.zero, sums)) / loss_scale
+        sums = self.shards.sum_products(model, self.places, torch.mul, gradient=True)
+        self.pending = torch.cat([sums[place] for place in self.places]) / loss_scale
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.order.append("pre")
-        if self.zero is None:
+        if not self.is_zero:
             sums = [(t.detach() * t.grad).sum([d for d in range(t.dim()) if d != m.dim]) for t, m in self.members]
             self.pending = torch.cat(sums)
 
     def on_optimizer_step(self, args, state, control, model, **kwargs):
         self.order.append("post")
-        self.clips.append(1.0 if self.zero is None else clip_factor(self.zero))
+        self.clips.append(self.shards.clip_factor())
         self.scores.append(self.pending.cpu() * self.clips[-1])
         if state.global_step + 1 > DROP_AT:
             self.moved += self._count(model)
         if state.global_step + 1 >= DROP_AT:
             for tensor, dim, where in self.zeros:
-                if self.zero is None:
+                if not self.is_zero:
                     tensor.data.index_fill_(dim, where, 0)
                 else:
-                    write_zeros_everywhere(tensor, dim, where)
+                    self.shards.write_zeros(tensor, dim, where)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step >= DROP_AT:
@@ -80,7 +73,7 @@ class Watch(TrainerCallback):
 
     def _count(self, model):
         """Non-zero numbers at the places of dropped units, in the parameters and in the fp32 master copies."""
-        if self.zero is None:
+        if not self.is_zero:
             return sum(int((t.detach().index_select(dim, where) != 0).sum()) for t, dim, where in self.zeros)
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
@@ -120,11 +113,8 @@ def main():
     trainer = Trainer(model, args, train_dataset=data, callbacks=[watch])
     trainer.train()
     trainer.save_model(str(file.parent / "saved"))
-    state = model.state_dict() if watch.zero is None else whole_state_dict(trainer.model)
-    sums = [t.detach().flatten()[:0] for t, _ in watch.members]
-    if watch.zero is not None:
-        sums = [sum_positions(t, m.dim, torch.abs, gradient=False) for t, m in watch.members]
-        sums = reduce_sums(watch.zero, sums)
+    state = whole_state_dict(trainer.model) if watch.is_zero else model.state_dict()
+    sums = watch.shards.sum_products(trainer.model, watch.places, torch.abs, gradient=False)
     with whole_shapes(trainer.model):
         same = str(find_structures(trainer.model)) == plain_structures
         same = same and shapes == {name: list(p.shape) for name, p in trainer.model.named_parameters()}
@@ -140,13 +130,13 @@ def main():
                 "returned": watch.returned,
                 "state": state,
                 "saved": saved,
-                "sizes": torch.cat(sums).cpu(),
-                "members": [(m.tensor, m.dim) for _, m in watch.members],
+                "sizes": torch.cat([sums[place] for place in watch.places]).cpu(),
+                "members": watch.places,
                 "zeros": [
                     (n, d, w) for (n, p) in trainer.model.named_parameters() for t, d, w in watch.zeros if t is p
                 ],
                 "same_structures": same,
-                "kind": type(watch.zero).__name__,
+                "kind": watch.kind,
             },
             file.parent / "seen.pt",
         )

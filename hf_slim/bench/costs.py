@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..compaction import model_slim
+from ..parallel import find_shards
 from ..saving import measure_latency, save_slimmed, time_alternately, time_call, without_bars
 from ..structures import find_structures, get_tensor
 from ..training import score_structures
@@ -81,7 +82,8 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
     """
     device = arguments.torch_device
     masked = build_masked(case, arguments)
-    structures = find_structures(masked).structures
+    structures, shards = find_structures(masked).structures, find_shards(masked)
+    criterion = slim_settings(case.sparsity).slim_criterion
     for structure in structures:
         for member in structure.outputs:
             weight = get_tensor(masked, member.tensor)
@@ -89,7 +91,7 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
     times = time_alternately(
         {
             "parse": lambda: find_structures(masked),
-            "score": lambda: score_structures(masked, structures, slim_settings(case.sparsity).slim_criterion),
+            "score": lambda: score_structures(masked, structures, criterion, shards),
         },
         repeats=arguments.repeats,
         device=device,

@@ -2,8 +2,7 @@
 
 from .compact import compact_model, round_up
 from .config_fields import record_shapes
-from .cuttings import Cuttings
-from .optimizer_state import Place, Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
+from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .shape_record import (
     REMOTE_MODULE,
@@ -18,38 +17,5 @@ from .shape_record import (
     refresh_record,
 )
 from .sparse_model import model_slim
-from .zeros import Zeros, find_zero_units, find_zeros, write_zeros, zero_units
-
-__all__ = [
-    "Cuttings",
-    "Place",
-    "REMOTE_MODULE",
-    "Slices",
-    "Zeros",
-    "compact_model",
-    "find_auto_classes",
-    "find_pretrained",
-    "find_proof",
-    "find_removable",
-    "find_state_slices",
-    "find_stock_class",
-    "find_zero_units",
-    "find_zeros",
-    "forget_remote_code",
-    "has_record",
-    "has_remote_code",
-    "has_state",
-    "make_auto_map",
-    "merge_proven",
-    "model_slim",
-    "name_unproven",
-    "own_configs",
-    "record_shapes",
-    "refresh_record",
-    "refuse_other_sizes",
-    "remove_units",
-    "round_up",
-    "write_zeros",
-    "zero_state",
-    "zero_units",
-]
+from .undo import Undo
+from .zeros import find_zero_units, find_zeros, zero_units

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..modeling_hf_slim import infer_widths, mark_tensor, set_sizes
-from ..parallel import change_tensor, take_positions
+from ..parallel import Place, change_tensor, take_positions
 from ..structures import Masks, Structure, get_module, get_tensor, set_count
-from .optimizer_state import Place, find_state_slices, keep_state
+from .optimizer_state import find_state_slices, keep_state
 
 
 def compact_model(

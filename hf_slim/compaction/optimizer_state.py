@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..parallel import find_local, is_sharded, take_positions
+from ..parallel import Place, Shards, is_sharded, take_positions
 from ..structures import get_tensor
 
-Place = tuple[str, int]
-"""The dotted name of a tensor, and one of its dimensions."""
 Slices = Mapping[Place, Sequence[tuple[str, int]]]
 """For each place the keys of the optimizer's state, and the dimension of each that is the place's."""
 
@@ -75,7 +73,7 @@ def keep_state(optimizer: Any, parameter: torch.Tensor, slices: Sequence[tuple[s
 
 
 def zero_state(
-    optimizer: Any, parameter: torch.Tensor, slices: Sequence[tuple[str, int]], where: torch.Tensor
+    optimizer: Any, parameter: torch.Tensor, slices: Sequence[tuple[str, int]], where: torch.Tensor, shards: Shards
 ) -> None:
     """Set what is of the parameter's own shape in an optimizer's state to zero at some positions.
 
@@ -85,13 +83,13 @@ def zero_state(
         optimizer: The optimizer; its state is changed.
         parameter: The parameter.
         slices: From `find_state_slices`.
-        where: The positions in this process's part of the parameter, int64.
+        where: The positions, from `Shards.find_own`.
+        shards: Where the parameter's values are, and those of the state in the same way.
     """
     state = getattr(optimizer, "optimizer", optimizer).state[parameter] if slices else {}
     for key, dim in slices:
         if state[key].shape == parameter.shape:
-            local = find_local(state[key])
-            local.index_fill_(dim, where.to(local.device), 0)
+            shards.write_zeros(state[key], dim, where)
 
 
 def has_state(optimizer: Any) -> bool:

@@ -6,7 +6,7 @@ Every rank sums over, and writes into, the part of a tensor that it owns; no ten
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import distributed, nn
 
 from ..structures import get_tensor
+from .whole_tensors import Place, Zeros
 
 _SUPPORTED = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer"}
 
@@ -47,42 +48,85 @@ def find_zero_optimizer(optimizer: Any) -> Any | None:
     return inner
 
 
-def call_before_step(zero_optimizer: Any, function: Callable[[float], None]) -> Callable[[], None]:
-    """Have a function called when the gradients of an optimizer step are reduced and not yet used.
-
-    Accelerate runs backward and step in one call, so `on_pre_optimizer_step` comes too late.
+class ZeroPartitions:
+    """The shards of DeepSpeed ZeRO 1, 2 and 3, which are ranges of flattened tensors; see `Shards`.
 
     Args:
-        zero_optimizer: From `find_zero_optimizer`.
-        function: Called on every rank before each optimizer step, also one that an overflow skips, with the loss
-            scale, by which gradients are too large.
-
-    Returns:
-        A function that undoes this.
+        optimizer: From `find_zero_optimizer`.
     """
-    step = zero_optimizer.step
 
-    @functools.wraps(step)
-    def step_after(*args: Any, **kwargs: Any) -> Any:
-        function(getattr(zero_optimizer, "loss_scale", 1.0))  # BF16_Optimizer has none
-        return step(*args, **kwargs)
+    scores_before_step = True  # accelerate runs backward and step in one call
 
-    zero_optimizer.step = step_after
-    return lambda: setattr(zero_optimizer, "step", step)
+    def __init__(self, optimizer: Any) -> None:
+        """See the class."""
+        self._optimizer = optimizer
 
+    def sum_products(
+        self, model: nn.Module, places: Iterable[Place], function: Callable[..., torch.Tensor], *, gradient: bool
+    ) -> dict[Place, torch.Tensor]:
+        """Sum a function of fp32 weight and gradient (not clipped, times the loss scale) in the parts of all ranks."""
+        chosen = list(places)
+        if not chosen:
+            return {}
+        sums = [sum_positions(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
+        total = torch.cat(sums)
+        distributed.all_reduce(total, group=self._optimizer.dp_process_group)
+        return dict(zip(chosen, total.split([len(part) for part in sums]), strict=True))
 
-def clip_factor(zero_optimizer: Any) -> float:
-    """What the gradients were multiplied with by clipping; known after the optimizer step.
+    def find_nonzero(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, torch.Tensor]:
+        """Find positions at which fp32 weights are not zero."""
+        counts = self.sum_products(model, places, lambda weight: (weight != 0).float(), gradient=False)
+        return {place: (count > 0).cpu() for place, count in counts.items()}
 
-    Args:
-        zero_optimizer: From `find_zero_optimizer`, after a step that was not skipped.
+    def find_own(self, tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
+        """All of them: what this rank owns is no range of positions."""
+        return where
 
-    Returns:
-        A number above 0 and at most 1.
-    """
-    if not zero_optimizer.clip_grad:
-        return 1.0
-    return min(1.0, float(zero_optimizer.clip_grad / (zero_optimizer._global_grad_norm + 1e-6)))
+    @torch.no_grad()
+    def write_zeros(self, tensor: Any, dim: int, where: torch.Tensor) -> None:
+        """Write zeros into a parameter and into its fp32 master copy, without any message."""
+        if tensor.shape == whole_shape(tensor):
+            tensor.data.index_fill_(dim, where.to(tensor.device), 0)
+        start, length = _own_range(tensor)
+        if not length or not is_partitioned(tensor) and not hasattr(tensor, "_hp_mapping"):
+            return
+        dropped = _own_mask(tensor, dim, where, start, length)
+        if is_partitioned(tensor):
+            tensor.ds_tensor.data[:length].masked_fill_(dropped.to(tensor.ds_tensor.device), 0)
+        if tensor.requires_grad:
+            weight = _own_weight(tensor)
+            weight[:length].masked_fill_(dropped.to(weight.device), 0)
+            if is_partitioned(tensor):  # what was read may be a copy, where the optimizer is offloaded
+                from deepspeed.utils import safe_set_local_fp32_param
+
+                safe_set_local_fp32_param(tensor, weight)
+
+    def find_returned(self, model: nn.Module, zeros: Zeros) -> list[bool]:
+        """Look at the zeros in whole tensors; the same on every rank."""
+        used = self.find_nonzero(model, dict.fromkeys((name, dim) for name, dim, _ in zeros))
+        return [bool(used[name, dim][where].any()) for name, dim, where in zeros]
+
+    def find_restless(self, model: nn.Module, zeros: Zeros) -> list[bool]:
+        """All of them: the state of the optimizer, which moves them, is not looked at."""
+        return [True] * len(zeros)
+
+    def call_before_step(self, function: Callable[[float], None]) -> Callable[[], None]:
+        """Wrap the optimizer's step."""
+        optimizer, step = self._optimizer, self._optimizer.step
+
+        @functools.wraps(step)
+        def step_after(*args: Any, **kwargs: Any) -> Any:
+            function(getattr(optimizer, "loss_scale", 1.0))  # BF16_Optimizer has none
+            return step(*args, **kwargs)
+
+        optimizer.step = step_after
+        return lambda: setattr(optimizer, "step", step)
+
+    def clip_factor(self) -> float:
+        """What DeepSpeed, which clips in its step, has multiplied the gradients with."""
+        if not self._optimizer.clip_grad:
+            return 1.0
+        return min(1.0, float(self._optimizer.clip_grad / (self._optimizer._global_grad_norm + 1e-6)))
 
 
 @torch.no_grad()
@@ -95,10 +139,10 @@ def sum_positions(
         tensor: A parameter or buffer of the model.
         dim: The dimension that remains.
         function: Elementwise, of the fp32 weight, or of it and the gradient (not clipped, times the loss scale).
-        gradient: Whether the function takes the gradient; only inside `call_before_step`.
+        gradient: Whether the function takes the gradient, which is there only inside `call_before_step`.
 
     Returns:
-        float32 tensor of shape `[size of dim]` on the model's device, for `reduce_sums`; zeros without a gradient.
+        float32 tensor of shape `[size of dim]` on the model's device; zeros without a gradient.
     """
     shape = whole_shape(tensor)
     stride, size = shape[dim + 1 :].numel(), shape[dim]
@@ -109,72 +153,6 @@ def sum_positions(
     values = function(weight, _own_gradient(tensor)[:length]) if gradient else function(weight)
     rows = _pad(values.float(), start, stride).view(-1, stride).sum(1)
     return _pad(rows, start // stride, size).view(-1, size).sum(0).to(tensor.device)
-
-
-def sum_places(
-    zero_optimizer: Any,
-    model: nn.Module,
-    places: Iterable[tuple[str, int]],
-    function: Callable[..., torch.Tensor],
-    *,
-    gradient: bool,
-) -> dict[tuple[str, int], torch.Tensor]:
-    """Sum a function of weight and gradient over all dimensions but one, in whole tensors; on all ranks.
-
-    Args:
-        zero_optimizer: From `find_zero_optimizer`.
-        model: The model.
-        places: Dotted names of tensors and their dimensions.
-        function: As for `sum_positions`.
-        gradient: As for `sum_positions`.
-
-    Returns:
-        For each place a float32 tensor of shape `[size of dim]`, the same on every rank.
-    """
-    chosen = list(places)
-    sums = [sum_positions(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
-    return dict(zip(chosen, reduce_sums(zero_optimizer, sums), strict=True))
-
-
-def reduce_sums(zero_optimizer: Any, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Add up over the ranks what `sum_positions` returned, with one message; to be called by all of them.
-
-    Args:
-        zero_optimizer: From `find_zero_optimizer`.
-        sums: In the same order on every rank.
-
-    Returns:
-        The sums over whole tensors, the same on every rank.
-    """
-    total = torch.cat(list(sums))
-    distributed.all_reduce(total, group=zero_optimizer.dp_process_group)
-    return list(total.split([len(part) for part in sums]))
-
-
-@torch.no_grad()
-def write_zeros_everywhere(tensor: Any, dim: int, where: torch.Tensor) -> None:
-    """Write zeros into a parameter and into its fp32 master copy, without any message.
-
-    Args:
-        tensor: A parameter or buffer of the model.
-        dim: The dimension along which the positions lie.
-        where: The positions, int64.
-    """
-    if tensor.shape == whole_shape(tensor):
-        tensor.data.index_fill_(dim, where.to(tensor.device), 0)
-    start, length = _own_range(tensor)
-    if not length or not is_partitioned(tensor) and not hasattr(tensor, "_hp_mapping"):
-        return
-    dropped = _own_mask(tensor, dim, where, start, length)
-    if is_partitioned(tensor):
-        tensor.ds_tensor.data[:length].masked_fill_(dropped.to(tensor.ds_tensor.device), 0)
-    if tensor.requires_grad:
-        weight = _own_weight(tensor)
-        weight[:length].masked_fill_(dropped.to(weight.device), 0)
-        if is_partitioned(tensor):  # what was read may be a copy, where the optimizer is offloaded
-            from deepspeed.utils import safe_set_local_fp32_param
-
-            safe_set_local_fp32_param(tensor, weight)
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -229,7 +207,7 @@ def _own_range(tensor: Any) -> tuple[int, int]:
     if is_partitioned(tensor):
         part = tensor.ds_tensor.numel()
         start = part * distributed.get_rank(tensor.ds_process_group)
-        return start, max(0, min(part, tensor.ds_numel - start))
+        return start, max(0, min(part, whole_shape(tensor).numel() - start))
     if hasattr(tensor, "_hp_mapping"):
         mapping = tensor._hp_mapping
         return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)

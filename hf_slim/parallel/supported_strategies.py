@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..structures import has_adapters
-from .deepspeed_zero import is_partitioned
+from .gathering import is_spread
 from .sharded_tensors import is_sharded
 
 FSDP_DIMS = ("fsdp", "dp_shard", "dp_shard_cp")
@@ -51,7 +51,7 @@ def find_fixed_shapes(model: nn.Module, args: TrainingArguments) -> str | None:
             f"the training runs on several devices ({args.parallel_mode.value}), where buffers for the gradients or "
             "copies of the model have the shapes of its beginning"
         )
-    if any(is_sharded(tensor) or is_partitioned(tensor) for tensor in model.parameters()):
+    if is_spread(model):
         return "the parameters are sharded, and the parts have the shapes of the beginning"
     if args.deepspeed is not None:
         return "DeepSpeed keeps the parameters in buffers of its own, which have the shapes of the beginning"

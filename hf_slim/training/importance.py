@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..arguments import CriterionName
-from ..parallel import find_local, sum_over_shards, sum_places, sum_tiles, whole_shape
+from ..parallel import Shards, find_shards, whole_shape
 from ..structures import Member, Structure, get_tensor
 
 SMOOTHING = 0.9
@@ -17,7 +16,7 @@ SMOOTHING = 0.9
 
 
 def score_structures(
-    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName, zero: Any = None
+    model: nn.Module, structures: Iterable[Structure], criterion: CriterionName, shards: Shards
 ) -> dict[str, torch.Tensor]:
     """Score the units of structures at one optimizer step.
 
@@ -32,17 +31,14 @@ def score_structures(
             are sharded, every process has to call this.
         structures: Its structures.
         criterion: `magnitude`, `snip_momentum` or `taylor`.
-        zero: DeepSpeed's ZeRO optimizer, where it holds the weights and gradients; every process has to call this.
+        shards: Where its weights and gradients are.
 
     Returns:
         For each structure's name a float32 tensor of shape `[units]`; larger is more important.
     """
     scored = {s.name: _scored_members(s, criterion) for s in structures}
     places = dict.fromkeys((m.tensor, m.dim) for members in scored.values() for m in members)
-    if zero is None:
-        sums = sum_over_shards(model, {place: _sum_products(model, *place, criterion) for place in places})
-    else:
-        sums = sum_places(zero, model, places, _PRODUCTS[criterion], gradient=criterion != "magnitude")
+    sums = shards.sum_products(model, places, _PRODUCTS[criterion], gradient=criterion != "magnitude")
     scores = {}
     for name, members in scored.items():
         parts = [m.sum_units(sums[m.tensor, m.dim]) for m in members]
@@ -65,7 +61,7 @@ def score_units(model: nn.Module, structure: Structure, criterion: CriterionName
     Returns:
         float32 tensor of shape `[units]`; larger is more important.
     """
-    return score_structures(model, [structure], criterion)[structure.name]
+    return score_structures(model, [structure], criterion, find_shards(model))[structure.name]
 
 
 def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch.Tensor:
@@ -92,18 +88,6 @@ _PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
 def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
     whole_head = structure.kind == "mha" and criterion != "taylor"
     return [m for m in structure.members if m.role == "output" or (whole_head and m.role == "input")]
-
-
-@torch.no_grad()
-def _sum_products(model: nn.Module, name: str, dim: int, criterion: CriterionName) -> torch.Tensor:
-    """For each position along a dimension of this process's part of a weight the sum of what is scored."""
-    whole = get_tensor(model, name)
-    weight = find_local(whole)
-    if criterion == "magnitude":
-        return sum_tiles(dim, torch.abs, weight)
-    if whole.grad is None:
-        return torch.zeros(weight.shape[dim], device=weight.device)
-    return sum_tiles(dim, _PRODUCTS[criterion], weight, find_local(whole.grad))
 
 
 def _weights_per_unit(model: nn.Module, member: Member) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import nn
 
 from ..arguments import CriterionName
-from ..parallel import clip_factor
+from ..parallel import Shards
 from ..structures import Structure, get_tensor
 from .importance import score_structures, smooth_scores
 
@@ -22,16 +21,16 @@ class Scores:
     """Smoothed scores, and those of the step that is being taken.
 
     Args:
-        zero: DeepSpeed's ZeRO optimizer, if there is one.
+        shards: Where the model's weights and gradients are.
 
     Attributes:
         smoothed: For each structure's name the scores of the units that are in the model.
     """
 
-    def __init__(self, zero: Any = None) -> None:
+    def __init__(self, shards: Shards) -> None:
         """See the class."""
         self.smoothed: dict[str, torch.Tensor] = {}
-        self._zero = zero
+        self._shards = shards
         self._pending: dict[str, torch.Tensor] = {}
         self._is_checked = False  # whether the pending scores are known to be finite
         self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
@@ -50,9 +49,9 @@ class Scores:
         """
         self._pending, self._is_checked = {}, False
         for criterion, structures in groups.items():
-            if self._zero is None:
+            if not self._shards.scores_before_step:
                 _require_gradients(model, structures, step)
-            self._pending.update(score_structures(model, structures, criterion, self._zero))
+            self._pending.update(score_structures(model, structures, criterion, self._shards))
 
     def unscale(self, scale: float) -> None:
         """Divide the scores of this step by the loss scale that its gradients are multiplied by."""
@@ -126,8 +125,7 @@ class Scores:
             refuse_nonfinite(self.smoothed, int(self._bad_step))
 
     def _smooth(self, step: int, skipped: bool | torch.Tensor) -> None:
-        if self._zero is not None:
-            factor = clip_factor(self._zero)
+        if (factor := self._shards.clip_factor()) < 1:
             self._pending = {name: scores * factor for name, scores in self._pending.items()}
         counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
         first = next(iter(self._pending.values()))

@@ -10,8 +10,9 @@ from watching import Watching
 
 from hf_slim import model_slim
 from hf_slim.compaction.compact import compact_model, round_masks
-from hf_slim.compaction.zeros import _count_others, find_zero_units, zero_units
+from hf_slim.compaction.zeros import find_zero_units, zero_units
 from hf_slim.parallel.offloaded_weights import change_tensor
+from hf_slim.parallel.tiles import find_nonzero
 from hf_slim.saving.report import count_parameters
 from hf_slim.structures.discovery import find_structures
 from hf_slim.structures.structure import get_tensor
@@ -181,12 +182,12 @@ def test_only_what_is_zero_counts_as_zero(dtype):
         values += [float("inf"), -float("inf")]
     weight = torch.zeros(5, len(values)).to(dtype)
     weight[3] = torch.tensor(values, dtype=torch.float64).to(dtype)
-    expected = [0.0, 0.0] + [1.0] * (len(values) - 2)
-    assert _count_others(weight, 1).tolist() == expected
-    assert _count_others(weight.t().contiguous(), 0).tolist() == expected
-    assert _count_others(weight[None].expand(2, -1, -1), 2).tolist() == expected
-    assert _count_others(weight[3], 0).tolist() == expected
-    assert _count_others(weight[:0], 1).tolist() == [0.0] * len(values)
+    expected = [False, False] + [True] * (len(values) - 2)
+    assert find_nonzero(1, weight).tolist() == expected
+    assert find_nonzero(0, weight.t().contiguous()).tolist() == expected
+    assert find_nonzero(2, weight[None].expand(2, -1, -1)).tolist() == expected
+    assert find_nonzero(0, weight[3]).tolist() == expected
+    assert find_nonzero(1, weight[:0]).tolist() == [False] * len(values)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

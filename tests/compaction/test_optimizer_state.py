@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Adafactor
 
 from hf_slim.compaction.optimizer_state import find_state_slices, keep_state, zero_state
+from hf_slim.parallel.whole_tensors import WholeTensors
 
 PLACES = [("weight", 0), ("weight", 1), ("bias", 0)]
 PLAIN = {
@@ -79,7 +80,7 @@ def test_zeros_go_into_momentum_and_not_into_factors():
     layer, optimizer = trained(factored)
     slices, _ = find_state_slices(optimizer, layer, PLACES)
     factor = optimizer.state[layer.weight]["exp_avg_sq_col"].clone()
-    zero_state(optimizer, layer.weight, slices["weight", 1], torch.tensor([1, 3]))
+    zero_state(optimizer, layer.weight, slices["weight", 1], torch.tensor([1, 3]), WholeTensors())
     state = optimizer.state[layer.weight]
     assert (state["exp_avg"] != 0).any(0).tolist() == [True, False, True, False]
     assert torch.equal(state["exp_avg_sq_col"], factor)

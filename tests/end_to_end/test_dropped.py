@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import find_zero_units
+from hf_slim.parallel.shards import find_shards
 from hf_slim.training.masked_units import MaskedUnits
 from hf_slim.training.weight_copies import find_copy
 
@@ -116,9 +117,9 @@ class Counts(TrainerCallback):
 def told(monkeypatch):
     """The warnings and what else is logged."""
     messages = []
-    for module in ("slimming", "live_removal"):
+    for module in ("slimmer", "live_units", "pending_units"):
         for kind in ("info", "warning"):
-            monkeypatch.setattr(f"hf_slim.{module}.logger.{kind}", messages.append)
+            monkeypatch.setattr(f"hf_slim.training.{module}.logger.{kind}", messages.append)
     return messages
 
 
@@ -196,7 +197,7 @@ def test_only_what_came_back_is_written_after_every_step():
     model = build("bert")
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
-    units = MaskedUnits(structures)
+    units = MaskedUnits(structures, find_shards(model))
     units.apply(model, masks)
     assert units.restore(model) == [] and units._restless == []
     name = "bert.encoder.layer.0.output.dense"

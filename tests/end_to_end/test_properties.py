@@ -21,9 +21,10 @@ from transformers.optimization import Adafactor
 from hf_slim import find_structures, model_slim
 from hf_slim.arguments import SlimConfig, place_steps
 from hf_slim.compaction.compact import compact_model
-from hf_slim.compaction.zeros import find_zero_units, find_zeros, write_zeros, zero_units
+from hf_slim.compaction.zeros import find_zero_units, find_zeros, zero_units
+from hf_slim.parallel.shards import find_shards
 from hf_slim.saving.report import count_parameters
-from hf_slim.structures.structure import Structure
+from hf_slim.structures.structure import Structure, get_tensor
 from hf_slim.training.schedule import Schedule
 from hf_slim.training.unit_selection import check_reachable, floor_of, select_units
 
@@ -199,7 +200,8 @@ def test_training_masked_and_compacting(more):
         structures = found.structures
         assert found.skipped == () and {s.kind for s in structures} == {"ffn", "mha"}
         masks = draw_masks(data, structures)
-        dropped, zeros = dropped_positions(structures, masks), find_zeros(model, structures, masks)
+        dropped, shards = dropped_positions(structures, masks), find_shards(model)
+        zeros = find_zeros(model, structures, masks, shards)
         zero_units(model, structures, masks)
         assert_zero(model, dropped)
         optimizer, batch = make_optimizer(model.parameters()), make_batch(model)
@@ -210,7 +212,8 @@ def test_training_masked_and_compacting(more):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            write_zeros(model, zeros)
+            for name, dim, where in zeros:
+                shards.write_zeros(get_tensor(model, name), dim, where)
             assert_zero(model, dropped)
         assert steps == 0 or any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
         model.eval()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_slim.parallel.deepspeed_zero import find_zero_optimizer, sum_positions, write_zeros_everywhere
+from hf_slim.parallel.deepspeed_zero import ZeroPartitions, find_zero_optimizer, sum_positions
 
 TESTS = Path(__file__).parents[1]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
@@ -111,7 +111,7 @@ def test_parts_add_up_to_the_whole_wherever_they_are_cut(dim, cuts):
     torch.testing.assert_close(found, whole.abs().sum(others))
     where = torch.tensor([1])
     for part in parts:
-        write_zeros_everywhere(part, dim, where)
+        ZeroPartitions(None).write_zeros(part, dim, where)
         torch.testing.assert_close(part.data, whole.index_fill(dim, where, 0), rtol=0, atol=0)
     masters = torch.cat([part._hp_mapping.hp_fragment for part in parts])
     torch.testing.assert_close(masters.view(2, 3, 5), whole.index_fill(dim, where, 0), rtol=0, atol=0)
@@ -121,7 +121,7 @@ def test_a_rank_that_owns_nothing_adds_nothing():
     part = make_part(torch.ones(2, 3), torch.ones(2, 3), 0, 6)
     part._hp_mapping = None
     assert sum_positions(part, 1, torch.mul, gradient=True).tolist() == [0, 0, 0]
-    write_zeros_everywhere(part, 1, torch.tensor([2]))
+    ZeroPartitions(None).write_zeros(part, 1, torch.tensor([2]))
     assert part.tolist() == [[1, 1, 0], [1, 1, 0]]
 
 

@@ -51,8 +51,8 @@ def run(model, folder, *, live, callbacks=(), **settings):
 def warned(monkeypatch):
     """The warnings of live compaction."""
     messages = []
-    for module in ("slimming", "live_removal"):
-        monkeypatch.setattr(f"hf_slim.{module}.logger.warning", messages.append)
+    for module in ("slimmer", "live_units", "pending_units"):
+        monkeypatch.setattr(f"hf_slim.training.{module}.logger.warning", messages.append)
     return messages
 
 

@@ -2,6 +2,7 @@
 
 from .compact import compact_model, round_up
 from .config_fields import record_shapes
+from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .shape_record import (

@@ -680,7 +680,7 @@ def test_saving_compares_on_the_data_of_the_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_slim.compaction.proven_removal.make_inputs", lambda model: pytest.fail("inputs were made"))
     original = compute_outputs
     monkeypatch.setattr(
-        "hf_slim.compaction.proven_removal.compute_outputs",
+        "hf_slim.compaction.numerical_proof.compute_outputs",
         lambda model, batch, dtype: (seen.append(tuple(batch["input_ids"].shape)), original(model, batch, dtype))[1],
     )
     trainer = make_trainer(tmp_path, train_dataset=rows(20))

@@ -11,6 +11,8 @@ from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import find_zero_units
 from hf_slim.parallel.shards import find_shards
 from hf_slim.training.masked_units import MaskedUnits
+from hf_slim.training.model_shape import ModelShape
+from hf_slim.training.units import Step
 from hf_slim.training.weight_copies import find_copy
 
 COME_BACK = "Dropped units of bert.encoder.layer.0.output.dense, "
@@ -197,8 +199,8 @@ def test_only_what_came_back_is_written_after_every_step():
     model = build("bert")
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
-    units = MaskedUnits(structures, find_shards(model))
-    units.apply(model, masks)
+    units = MaskedUnits(ModelShape(find_structures(model)), find_shards(model))
+    units.apply(model, masks, None, Step())
     assert units.restore(model) == [] and units._restless == []
     name = "bert.encoder.layer.0.output.dense"
     model.get_parameter(f"{name}.weight").data[:, -1] = 1.0

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -90,10 +90,8 @@ def find_rows(root: Path, names: Names) -> dict[str, Row]:
         "modules in the largest cycle": Row(str(len(cycle)), cycle),
         "rooms in the largest cycle": Row(str(len(room_cycle)), room_cycle),
         f"functions with more than {LONG} lines": Row(str(len(functions)), functions),
-        "patches of other packages": Row(str(len(patches)), [f"{k}: {', '.join(v)}" for k, v in patches.items()]),
-        "private names of other packages": Row(
-            str(len(private)), [f"{k}: {', '.join(v)}" for k, v in private.items()]
-        ),
+        "patches of other packages": Row(str(len(patches)), _list_places(patches)),
+        "private names of other packages": Row(str(len(private)), _list_places(private)),
     }
     for way in _WAYS:
         rows[f"hops from ffn2_sparsity to the slice, {way}"] = _count_hops(find_hops(root, way, names))
@@ -109,8 +107,8 @@ def find_hops(root: Path, way: str, names: Names) -> dict[str, list[str]]:
         names: Of functions and classes on the way.
 
     Returns:
-        For each part of the way the functions, as `module:name`: from the callback's hook to where the plan is made;
-        from the hook to where zeros are written, if masked; from the hook or `save_slimmed` to where weights are sliced.
+        For each part of the way the functions, as `module:name`: from the callback's hook to where the plan is made; if
+        masked, from the hook to where zeros are written; from the hook or `save_slimmed` to where weights are sliced.
 
     Raises:
         RuntimeError: If the training fails, or a part of the way is not found.
@@ -126,6 +124,10 @@ def find_hops(root: Path, way: str, names: Names) -> dict[str, list[str]]:
     if missing := _WAYS[way].keys() - stacks.keys():
         raise RuntimeError(f"{root}, {way}: not seen: {', '.join(missing)}. Are these still the names: {names}?")
     return stacks
+
+
+def _list_places(found: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{name}: {', '.join(places)}" for name, places in found.items()]
 
 
 def _count_hops(stacks: dict[str, list[str]]) -> Row:

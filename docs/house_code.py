@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,9 +144,10 @@ def _find_targets(source: Source, known: set[str]) -> Iterator[str]:
 def _walk_run(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those that only a type checker reads."""
     yield node
-    only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-    only_types = only_types and not ast.unparse(node.test).startswith("not ")
-    for child in node.orelse if only_types else ast.iter_child_nodes(node):
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        children = node.orelse
+    for child in children:
         yield from _walk_run(child)
 
 

@@ -24,8 +24,9 @@ Scope = Mapping[str, ast.AST]
 def find_patches(root: Path) -> dict[str, list[str]]:
     """Find where behaviour of other packages is replaced: on their classes, their modules or their objects.
 
-    That is where an attribute of what is not a class of ours, or its `self`, is set to a function or an object of ours,
-    or is `__class__` or one that we call elsewhere; and where something is put into a collection of another module.
+    That is where an attribute of something that is not ours (a class of ours, or its `self`) is set to a function or
+    object of ours, or is `__class__` or one that we call elsewhere or read of a class; and where something is put into
+    a collection of another module.
     A function of ours that sets such attributes for others counts where it is called.
 
     Args:
@@ -112,8 +113,9 @@ class _Patches(NamedTuple):
         """What a statement or call sets: the owner, the attribute and its value."""
         if isinstance(node, ast.Assign | ast.AnnAssign):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                whole = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-                pairs = zip(target.elts, node.value.elts, strict=False) if whole else [(target, node.value)]
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = [*zip(target.elts, node.value.elts, strict=False)]
                 for part, value in pairs:
                     if isinstance(part, ast.Attribute):
                         yield part.value, part.attr, value

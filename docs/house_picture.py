@@ -64,7 +64,7 @@ def draw_rooms(root: Path, file: Path) -> None:
         for room, height in zip(order, heights, strict=True):
             _draw_box(axes, room, tops[room], height, colours.get(room, _TEXT), texts[room])
         for room in imported:
-            lines = []
+            lines: list[tuple[float, int]] = []
             for importer in (other for other in order if room in rooms[other]):
                 nearest_first = sorted(rooms[importer], key=order.index, reverse=True)
                 port = tops[importer] + 9 + 9 * nearest_first.index(room)
@@ -92,7 +92,12 @@ def _list_modules(root: Path, room: str) -> list[str]:
 def _draw_box(axes: Any, room: str, top: float, height: float, colour: str, texts: list[str]) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    style = {"boxstyle": "round,pad=0,rounding_size=5", "facecolor": _FILL, "edgecolor": _FRAME, "linewidth": 0.8}
+    style: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=5",
+        "facecolor": _FILL,
+        "edgecolor": _FRAME,
+        "linewidth": 0.8,
+    }
     axes.add_patch(FancyBboxPatch((12, top), _EDGE - 12, height, **style))
     title = "__init__" if room == PACKAGE else room
     axes.text(24, top + 18, title, size=9.5, weight="bold", color=colour)

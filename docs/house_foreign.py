@@ -123,6 +123,10 @@ class _Patches(NamedTuple):
                         owner = _find_owner_of_dict(part.value)
                         if owner is not None:
                             yield owner, str(part.slice.value), value
+        elif isinstance(node, ast.For) and any(_is_setattr(inner) for inner in ast.walk(node)):
+            for row in ast.walk(node.iter):  # `for owner, name, ours in ((A, "a", f), (B, "b", g))`
+                if isinstance(row, ast.Tuple) and len(row.elts) == 3 and isinstance(row.elts[1], ast.Constant):
+                    yield row.elts[0], str(row.elts[1].value), row.elts[2]
         elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             if _name_of(node.func) in self.setters | {"setattr"}:
                 others = [*node.args[2:], *(keyword.value for keyword in node.keywords)]
@@ -185,8 +189,12 @@ def _find_parameters(function: ast.AST) -> set[str]:
 def _sets_attributes(function: ast.AST) -> bool:
     """Whether a function sets attributes whose names are among its parameters."""
     names = _find_parameters(function)
-    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _name_of(node.func) == "setattr"]
-    return any(isinstance(call.args[1], ast.Name) and call.args[1].id in names for call in calls)
+    given = [node.args[1] for node in ast.walk(function) if _is_setattr(node)]  # type: ignore[attr-defined]
+    return any(isinstance(name, ast.Name) and name.id in names for name in given)
+
+
+def _is_setattr(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and _name_of(node.func) == "setattr"
 
 
 def _is_class(value: ast.expr) -> bool:

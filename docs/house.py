@@ -107,8 +107,9 @@ def find_hops(root: Path, way: str, names: Names) -> dict[str, list[str]]:
         names: Of functions and classes on the way.
 
     Returns:
-        For each part of the way the functions, outermost first, as `module:name`: from the callback's hook to where the
-        plan is made; if masked, from the hook to where zeros are written; from the hook or `save_slimmed` to the slice.
+        For each part of the way the functions, outermost first, as `module:name`. The parts lead from the callback's
+        hook to where the plan is made; if masked, from the hook to where zeros are written; and to the slice from the
+        hook or, if masked, from `save_slimmed`.
 
     Raises:
         RuntimeError: If the training fails, or a part of the way is not found.

@@ -293,12 +293,10 @@ class Slimmer:
     def _apply(self, model: nn.Module, optimizer: Any, calls: Sequence[Call]) -> None:
         """Apply the masks, and keep the scores of what is left."""
         step = Step(calls, self.has_reached_target, self._find_others())
-
-        def apply() -> None:
-            units = self._units.settle(model, optimizer, self.plan.structures)
-            self._units = units.apply(model, self.masks, optimizer, step)
-
-        self.scores.carry_over(apply, self.shape.expand, self.shape.narrow)
+        whole = {name: self.shape.expand(name, scores) for name, scores in self.scores.smoothed.items()}
+        units = self._units.settle(model, optimizer, self.plan.structures)
+        self._units = units.apply(model, self.masks, optimizer, step)
+        self.scores.smoothed = {name: self.shape.narrow(name, scores) for name, scores in whole.items()}
         if self.shape.has_removed and step.is_last and self.unproven:
             self._warn_once("end", f"The removal of units is not proven for {', '.join(sorted(self.unproven))}.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.utils import reduce
@@ -97,23 +97,6 @@ class Scores:
         """
         self.smoothed.update(scores)
         self._taken = len(self.smoothed)
-
-    def carry_over(
-        self,
-        change: Callable[[], None],
-        expand: Callable[[str, torch.Tensor], torch.Tensor],
-        narrow: Callable[[str, torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Keep the scores of what is left when units leave the model.
-
-        Args:
-            change: Lets them leave.
-            expand: From scores of the units in the model to scores of all, before that.
-            narrow: The reverse, after that.
-        """
-        scores = {name: expand(name, values) for name, values in self.smoothed.items()}
-        change()
-        self.smoothed = {name: narrow(name, values) for name, values in scores.items()}
 
     def refuse_bad_step(self) -> None:
         """Refuse to go on after a step with scores that were not finite.

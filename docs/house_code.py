@@ -14,7 +14,7 @@ from typing import NamedTuple
 PACKAGE = "hf_slim"
 LAYERS = (
     *("arguments", "modeling_hf_slim", "structures", "parallel", "proof", "compaction", "training", "saving"),
-    *("cli", "bench", "hooks", PACKAGE),
+    *("bench", "cli", "hooks", PACKAGE),
 )
 """The rooms in their order: each may import from those before it."""
 LONG = 40

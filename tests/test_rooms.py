@@ -1,4 +1,4 @@
-"""The modules import each other in one order only, the order that docs/modules.md lists."""
+"""A room imports only from rooms above it, and a module from modules before it, as docs/modules.md lists them."""
 
 import ast
 import re
@@ -6,42 +6,83 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from house_picture import draw_rooms
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_slim"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+PAGE = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "metrics" not in path.parts)
 
 
-def test_the_list_names_every_module_once() -> None:
-    assert sorted(_order()) == MODULES
+def read_page() -> dict[str, list[str]]:
+    """The rooms in their order, with their modules in their order; the modules of no room are under their own names."""
+    rooms: dict[str, list[str]] = {}
+    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE):
+        names = re.findall(r"^\| `([\w/]+)` \|", part, re.MULTILINE)
+        title = part.partition("\n")[0]
+        rooms |= {title: names} if (PACKAGE / title).is_dir() else {name: [] for name in names}
+    return rooms
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_earlier_ones(module: str) -> None:
-    order = _order()
-    earlier = order[: order.index(module)]
-    assert [name for name in _imports(module) if name not in earlier] == []
+ROOMS = read_page()
 
 
-def _order() -> list[str]:
-    page = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+def test_the_page_names_every_module_once() -> None:
+    named = [f"{room}/{name}.py" for room, names in ROOMS.items() for name in names if not name.endswith("/")]
+    named += [f"{room}/__init__.py" if names else f"{room}.py" for room, names in ROOMS.items()]
+    assert sorted(named) == sorted(map(str, FILES))
 
 
-def _imports(module: str) -> Iterator[str]:
-    """The modules of the package that a module imports, wherever in it; `__init__` for the package itself."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names = [f"hf_slim.{node.module}"] if node.module else [f"hf_slim.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_module_imports_only_what_stands_before_it(file: Path) -> None:
+    order = list(ROOMS)
+    room = str(file.parent) if len(file.parts) > 1 else file.stem
+    for target in find_imports(file):
+        if target.parent == file.parent and len(file.parts) > 1:  # the same room
+            names = [name.rstrip("/") for name in ROOMS[room]]
+            assert file.stem == "__init__" or names.index(target.stem) < names.index(file.stem), target
+        elif room.startswith(f"{target.parent}/"):  # a folder in a room is one of its modules
+            outer = [name.rstrip("/") for name in ROOMS[str(target.parent)]]
+            assert outer.index(target.stem) < outer.index(room.rpartition("/")[2]), target
         else:
-            names = []
-        for name in names:
-            if name == "hf_slim":
-                yield "__init__"
-            elif name.startswith("hf_slim."):
-                yield name.split(".")[1]
+            assert str(target) in order, f"{target}: only what a room's __init__ names may be used"
+            assert order.index(str(target)) < order.index(room), target
+
+
+@pytest.mark.parametrize("room", [room for room, names in ROOMS.items() if names])
+def test_a_room_names_what_others_use_and_no_more(room: str) -> None:
+    named = set(find_names(PACKAGE / room / "__init__.py"))
+    used = {name for file in FILES for name in find_used(file, room)}
+    assert named - used == set()
+
+
+def test_the_picture_is_drawn_from_the_imports(tmp_path: Path) -> None:
+    draw_rooms(ROOT, tmp_path / "rooms.svg")
+    drawn, there = ((folder / "rooms.svg").read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs"))
+    assert re.findall("<!-- (.*?) -->", drawn) == re.findall("<!-- (.*?) -->", there)  # the texts, in their order
+
+
+def find_imports(file: Path) -> Iterator[Path]:
+    """The modules and rooms that a module imports, wherever in it, as paths in the package."""
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (folder / name.replace(".", "/") for name in names)
+
+
+def find_names(init: Path) -> Iterator[str]:
+    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+
+
+def find_used(file: Path, room: str) -> Iterator[str]:
+    """What a module uses of a room."""
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            if str(file.parents[node.level - 1] / node.module.replace(".", "/")) == room:
+                yield from (alias.name for alias in node.names)
+    if file.stem == "command" or str(file) == "__init__.py":
+        yield from re.findall(r"\w+", text)

@@ -66,7 +66,7 @@ def cut(path, share=0.5):
 
 def collect_warnings(monkeypatch, module):
     messages = []
-    monkeypatch.setattr(f"hf_slim.{module}.logger.warning", messages.append)
+    monkeypatch.setattr(f"hf_slim.training.{module}.logger.warning", messages.append)
     return messages
 
 

@@ -41,12 +41,12 @@ class Watch(TrainerCallback):
                 places[name, dim] = where
         self.zeros = [(get(model, name), dim, where) for (name, dim), where in places.items()]
         self.untouched = self._count(model)
-        self.undo = self.shards.call_before_step(lambda loss_scale: self.score_parts(model, loss_scale))
+        self.undo = self.shards.call_before_step(lambda: self.score_parts(model))
 
-    def score_parts(self, model, loss_scale):
+    def score_parts(self, model):
         self.order.append("score")
         sums = self.shards.sum_products(model, self.places, torch.mul, gradient=True)
-        self.pending = torch.cat([sums[place] for place in self.places]) / loss_scale
+        self.pending = torch.cat([sums[place] for place in self.places])
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.order.append("pre")

@@ -14,14 +14,7 @@ from .whole_tensors import Place, WholeTensors
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether each process holds only a part of a tensor.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        True for a DTensor.
-    """
+    """Whether a tensor is a DTensor, of which each process may hold only a part."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -103,7 +103,7 @@ class Slimmer:
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer)
-        self._undo = self._shards.call_before_step(lambda scale: self._score_scaled(model, scale))
+        self._undo = self._shards.call_before_step(lambda: self._score(model))
 
     def close(self) -> None:
         """Leave the optimizer and the model's hooks as they were."""
@@ -261,11 +261,6 @@ class Slimmer:
             if plan.criterion != "magnitude" and events < len(plan.schedule.steps):
                 scored.setdefault(plan.criterion, []).extend(self._units.current(s) for s in plan.structures)
         self.scores.take(model, scored, step)
-
-    def _score_scaled(self, model: nn.Module, scale: float) -> None:
-        """Score right before DeepSpeed's step, from gradients that are still multiplied by the loss scale."""
-        self._score(model)
-        self.scores.unscale(scale)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         check_fit(saved, self.plans)

@@ -230,17 +230,22 @@ def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
     for module, leaf, shape in tensors:
         _cut(model, module, leaf, shape)
     for module, values in numbers:
-        for name, value in values.items() if module is not None else ():
-            if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
-                raise ValueError(
-                    f"The shape record in {_where(model.config)} does not fit: {type(module).__name__} has no number "
-                    f"{name!r}."
-                )
-            if get_number(module, name) != value:
-                set_number(module, name, value)
+        if module is not None:
+            _set_numbers(model, module, values)
     for module in infer:
         if module is not None:
             infer_widths(module)
+
+
+def _set_numbers(model: PreTrainedModel, module: nn.Module, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
+            raise ValueError(
+                f"The shape record in {_where(model.config)} does not fit: {type(module).__name__} has no number "
+                f"{name!r}."
+            )
+        if get_number(module, name) != value:
+            set_number(module, name, value)
 
 
 def _find_tensor(module: nn.Module, leaf: str) -> Any:

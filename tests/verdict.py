@@ -20,7 +20,7 @@ from tiny import auto_class_of, build_tiny, serves
 from transformers import PreTrainedModel
 
 import hf_slim
-from hf_slim.compaction.proven_removal import Proof
+from hf_slim.compaction.numerical_proof import Proof
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.made_inputs import make_inputs
 from hf_slim.proof.output_comparison import (

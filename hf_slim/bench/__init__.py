@@ -2,8 +2,3 @@
 
 from .benchmark import run_bench
 from .flags import BenchArguments
-
-__all__ = [
-    "BenchArguments",
-    "run_bench",
-]

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import SlimTrainingArguments
 from ..saving import count_bytes, count_parameters, measure_latency, save_slimmed
-from ..training import SlimTrainerCallback, find_live, find_whole_checkpoint
+from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
 from .tokenizer import load_tokenizer, make_byte_tokenizer
@@ -106,7 +106,7 @@ def run(
     trainer = _make_trainer(setup, training_arguments, "masked", _make_model(setup, training_arguments), slim=True)
     _train(trainer)
     metrics, models = {}, {}
-    if find_live(trainer.model) is None:
+    if find_shape(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
     save_slimmed(
         trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id

@@ -2,7 +2,7 @@
 
 from .compact import compact_model, round_up
 from .config_fields import record_shapes
-from .cuttings import Cuttings
+from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .shape_record import (
@@ -18,35 +18,5 @@ from .shape_record import (
     refresh_record,
 )
 from .sparse_model import model_slim
+from .undo import Undo
 from .zeros import find_zero_units, find_zeros, zero_units
-
-__all__ = [
-    "Cuttings",
-    "REMOTE_MODULE",
-    "Slices",
-    "compact_model",
-    "find_auto_classes",
-    "find_pretrained",
-    "find_proof",
-    "find_removable",
-    "find_state_slices",
-    "find_stock_class",
-    "find_zero_units",
-    "find_zeros",
-    "forget_remote_code",
-    "has_record",
-    "has_remote_code",
-    "has_state",
-    "make_auto_map",
-    "merge_proven",
-    "model_slim",
-    "name_unproven",
-    "own_configs",
-    "record_shapes",
-    "refresh_record",
-    "refuse_other_sizes",
-    "remove_units",
-    "round_up",
-    "zero_state",
-    "zero_units",
-]

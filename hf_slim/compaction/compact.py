@@ -37,28 +37,43 @@ def compact_model(
         ValueError: If a mask keeps no unit at all.
         RuntimeError: If the optimizer's state cannot be sliced; nothing has been changed then.
     """
-    dropped: dict[Place, list[torch.Tensor]] = {}
     for structure in structures:
         if not masks[structure.name].any():
             raise ValueError(
                 f"{structure.name}: the mask keeps none of the {structure.units} units; keep one at least."
             )
-        for place, where in structure.positions(~masks[structure.name]).items():
-            if len(where):
-                dropped.setdefault(place, []).append(where)
-    slices, problems = find_state_slices(optimizer, model, dropped)
+    kept = find_kept(model, structures, masks)
+    slices, problems = find_state_slices(optimizer, model, kept)
     for problem in problems.values():
         raise RuntimeError(f"The units cannot be removed in the middle of a training: {problem}.")
     numbers = {}
-    for place, parts in dropped.items():
-        keep = torch.ones(get_tensor(model, place[0]).shape[place[1]], dtype=torch.bool, device="cpu")
-        keep[torch.cat(parts)] = False
+    for place, keep in kept.items():
         numbers[place] = keep.cumsum(0) - 1
         _keep_positions(model, *place, keep)
         keep_state(optimizer, get_tensor(model, place[0]), slices[place], keep)
     for structure in structures:
         _follow(model, structure, int(masks[structure.name].sum()))
     return [structure.keep(masks[structure.name], numbers) for structure in structures]
+
+
+def find_kept(model: nn.Module, structures: Sequence[Structure], masks: Masks) -> dict[Place, torch.Tensor]:
+    """Find what stays of the tensors that become smaller.
+
+    Args:
+        model: The model that the structures were found in.
+        structures: Its structures.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+
+    Returns:
+        For each tensor and dimension a boolean tensor of shape `[size of the dimension]` on the CPU, True = stays.
+    """
+    kept: dict[Place, torch.Tensor] = {}
+    for structure in structures:
+        for (name, dim), where in structure.positions(~masks[structure.name]).items():
+            if len(where):
+                size = get_tensor(model, name).shape[dim]
+                kept.setdefault((name, dim), torch.ones(size, dtype=torch.bool, device="cpu"))[where] = False
+    return kept
 
 
 def round_masks(structures: Sequence[Structure], masks: Masks, multiple: int) -> dict[str, torch.Tensor]:

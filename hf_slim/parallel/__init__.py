@@ -17,32 +17,4 @@ from .sharded_tensors import is_sharded
 from .shards import Shards, find_shards
 from .supported_strategies import find_fixed_shapes, refuse_strategy
 from .tiles import take_positions
-from .whole_tensors import Place, WholeTensors, Zeros
-
-__all__ = [
-    "Place",
-    "Shards",
-    "WholeTensors",
-    "Zeros",
-    "build_whole",
-    "change_tensor",
-    "check_values",
-    "find_device",
-    "find_fixed_shapes",
-    "find_shards",
-    "gather_weights",
-    "is_dispatched",
-    "is_first_process",
-    "is_offloaded",
-    "is_sharded",
-    "is_spread",
-    "read_tensor",
-    "refuse_strategy",
-    "refuse_unmapped",
-    "run_in_first_process",
-    "share_tensors",
-    "take_positions",
-    "whole_shape",
-    "whole_shapes",
-    "writing_apart",
-]
+from .whole_tensors import Place, Zeros

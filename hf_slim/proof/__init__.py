@@ -15,21 +15,3 @@ from .output_comparison import (
     find_tensors,
     is_comparable,
 )
-
-__all__ = [
-    "HALF",
-    "Outputs",
-    "RUN_ERRORS",
-    "Snapshot",
-    "VerificationError",
-    "check_verify",
-    "compare_models",
-    "compare_outputs",
-    "compare_runs",
-    "compute_outputs",
-    "evaluating",
-    "find_tensors",
-    "is_comparable",
-    "make_inputs",
-    "widened",
-]

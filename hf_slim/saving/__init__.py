@@ -4,17 +4,3 @@ from .latency import time_alternately, time_call, wait_for, without_bars
 from .remote_code import portable
 from .report import SlimReport, count_bytes, count_parameters, format_table, measure_latency
 from .save import save_slimmed
-
-__all__ = [
-    "SlimReport",
-    "count_bytes",
-    "count_parameters",
-    "format_table",
-    "measure_latency",
-    "portable",
-    "save_slimmed",
-    "time_alternately",
-    "time_call",
-    "wait_for",
-    "without_bars",
-]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -25,7 +24,6 @@ from ..compaction import (
     find_removable,
     find_stock_class,
     merge_proven,
-    model_slim,
     name_unproven,
     remove_units,
 )
@@ -42,8 +40,17 @@ from ..parallel import (
     writing_apart,
 )
 from ..proof import VerificationError, check_verify, compare_models
-from ..structures import REMEDY, Structure, count_left, find_structures, get_tensor, has_adapters, require_structures
-from ..training import LiveUnits, Slimmer, SlimTrainerCallback, find_live
+from ..structures import (
+    REMEDY,
+    Masks,
+    Structure,
+    count_left,
+    find_structures,
+    get_tensor,
+    has_adapters,
+    require_structures,
+)
+from ..training import ModelShape, SlimTrainerCallback, find_shape
 from .atomic_folder import check_folder, replacing
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .model_card import write_model_card
@@ -110,38 +117,22 @@ def save_slimmed(
     if hub_kwargs and not push_to_hub:
         raise ValueError(f"{', '.join(sorted(hub_kwargs))} can only be used with push_to_hub=True.")
     check_keywords(hub_kwargs)
-    if inplace and has_adapters(model):
-        raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
-    if inplace and is_spread(model):
-        raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
-    refuse_strategy(model)
-    refuse_unmapped(model)
-    multiple = _round_to(trainer)
+    _check_model(model, inplace=inplace)
     name = repo_id or (trainer and trainer.args.hub_model_id) or Path(output_dir).resolve().name
     if push_to_hub:
         validate_repo_id(name)
         hub_kwargs = add_hub_fields(hub_kwargs, trainer.args if trainer is not None else None)
     if processing_class is None and trainer is not None:
         processing_class = trainer.processing_class
-    _warn_of_early_end(trainer)
     target = run_in_first_process(lambda: check_folder(output_dir))
-
-    callback = _find_callback(trainer)
-    if callback is not None and trainer is not None:
-        callback.restore_zeros(trainer.model)
-    slimming = _find_slimming(trainer)
-    live = find_live(model)
-    batch = find_batch(trainer, model) if trainer is not None and verify is True else None
+    known = _look_back(trainer, model, needs_batch=verify is True)
     own = inplace and verify is False  # without a comparison there is nothing to keep the masked model for
 
     def save(whole: nn.Module) -> SlimReport:
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
-            slim, report, inputs = _slim(slim, multiple, verify, live, batch, is_copy=not own)
-            if slimming is not None:
-                report = replace(report, unproven=(*report.unproven, *sorted(slimming.unproven)))
-            metrics = _metrics(trainer)
-            written = _write_folder(target, slim, report, name, processing_class, inputs, metrics, max_shard_size)
+            slim, report, inputs = _slim(slim, known, verify, is_copy=not own)
+            written = _write_folder(target, slim, report, name, processing_class, inputs, known, max_shard_size)
         if push_to_hub:
             push_folder(target, written, name, hub_kwargs)
         return report
@@ -149,26 +140,64 @@ def save_slimmed(
     if not is_spread(model):
         report = run_in_first_process(lambda: save(model))
         if inplace and not (own and is_first_process()):
-            model_slim(model, multiple, verify=False)
+            remove_units(model, *find_removable(model, known.multiple, known.masks), None)
         return report
     weights = gather_weights(model)
     return run_in_first_process(lambda: save(build_whole(model, weights)))
 
 
+class _Known(NamedTuple):
+    """What is known of a model's training; of a bare model nothing is.
+
+    Args:
+        masks: For the names of structures boolean tensors of shape `[units]`, True = keep.
+        multiple: Multiple for the number of intermediate channels.
+        shape: Which units it has of those that it had before training; None if it has all.
+        batch: A few rows of the trainer's data.
+        unproven: Names of the structures that have lost units while it trained, without proof.
+        metrics: The last evaluation.
+    """
+
+    masks: Masks
+    multiple: int
+    shape: ModelShape | None
+    batch: Mapping[str, Any] | None
+    unproven: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) -> _Known:
+    """What is known of a model's training; the zeros of its trainer's model are looked at again."""
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
+    callback = next((c for c in callbacks if isinstance(c, SlimTrainerCallback)), None)
+    slimmer = callback.slimming if callback is not None else None
+    masks: Masks = {}
+    if trainer is not None and callback is not None:
+        callback.restore_zeros(trainer.model)
+        masks = callback.find_masks(trainer.model)
+    if slimmer is not None and not slimmer.has_reached_target:
+        logger.warning(
+            f"save_slimmed: training ended before the last pruning step, {slimmer.plan.last_step}. The sparsities "
+            f"reached are {slimmer.sparsities()}, and the model is saved with those."
+        )
+    return _Known(
+        masks,
+        slimmer.plan.round_to if slimmer is not None else SlimConfig().slim_round_to,
+        find_shape(model),
+        find_batch(trainer, model) if trainer is not None and needs_batch else None,
+        tuple(sorted(slimmer.unproven)) if slimmer is not None else (),
+        _metrics(trainer),
+    )
+
+
 def _slim(
-    slim: nn.Module,
-    multiple: int,
-    verify: bool | Mapping[str, Any],
-    live: LiveUnits | None = None,
-    batch: Mapping[str, Any] | None = None,
-    *,
-    is_copy: bool,
+    slim: nn.Module, known: _Known, verify: bool | Mapping[str, Any], *, is_copy: bool
 ) -> tuple[nn.Module, SlimReport, list[Mapping[str, Any]]]:
     """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
-    proof = find_proof(slim, verify, batch)
+    proof = find_proof(slim, verify, known.batch)
     slim, proof = merge_proven(slim, proof)
-    before = _measure_before(slim, live)
-    structures, masks = find_removable(slim, multiple)
+    before = _measure_before(slim, known.shape)
+    structures, masks = find_removable(slim, known.multiple, known.masks)
     unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
     report = SlimReport(
         before.parameters,
@@ -176,7 +205,7 @@ def _slim(
         before.bytes,
         count_bytes(slim),
         tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
-        unproven,
+        (*unproven, *known.unproven),
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
@@ -191,17 +220,17 @@ class _Before(NamedTuple):
     structures: tuple[Structure, ...]
 
 
-def _measure_before(model: nn.Module, live: LiveUnits | None) -> _Before:
+def _measure_before(model: nn.Module, shape: ModelShape | None) -> _Before:
     """A model before anything was removed, from it now or while it trained."""
     parameters, size = count_parameters(model), count_bytes(model)
-    if live is None:
+    if shape is None:
         return _Before(parameters, size, require_structures(model, find_structures(model)))
-    for name, shape in live.shapes_before(model).items():
+    for name, dense in shape.sizes_before(model).items():
         tensor = get_tensor(model, name)
-        removed = shape.numel() - tensor.numel()
+        removed = dense.numel() - tensor.numel()
         parameters += removed if isinstance(tensor, nn.Parameter) else 0
         size += removed * tensor.element_size()
-    return _Before(parameters, size, live.found.structures)
+    return _Before(parameters, size, shape.found.structures)
 
 
 def _write_folder(
@@ -211,7 +240,7 @@ def _write_folder(
     name: str,
     processing_class: Any,
     inputs: list[Mapping[str, Any]],
-    metrics: dict[str, float],
+    known: _Known,
     max_shard_size: int | str | None,
 ) -> tuple[PurePosixPath, ...]:
     """Write the folder, check it as it will be, and put it in its place; gives the files that were written."""
@@ -220,7 +249,7 @@ def _write_folder(
         if processing_class is not None:
             processing_class.save_pretrained(new.path)
         earlier = target / "README.md"
-        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics, earlier)
+        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, known.metrics, earlier)
         new.join_others()
         if inputs:
             batches = dict(zip(find_pretrained(slim), inputs, strict=True))
@@ -278,6 +307,15 @@ def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_i
         )
 
 
+def _check_model(model: nn.Module, *, inplace: bool) -> None:
+    if inplace and has_adapters(model):
+        raise ValueError(f"inplace=True cannot slim a {type(model).__name__} with adapters. {REMEDY}")
+    if inplace and is_spread(model):
+        raise ValueError("inplace=True cannot be used with a sharded model: load the saved one instead.")
+    refuse_strategy(model)
+    refuse_unmapped(model)
+
+
 def _unwrap(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -294,32 +332,6 @@ def _copy(model: nn.Module) -> nn.Module:
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
-
-
-def _round_to(trainer: Trainer | None) -> int:
-    """The multiple for the channels: that of the trainer's settings, or the default."""
-    slimming = _find_slimming(trainer)
-    settings = slimming.settings if slimming is not None else None
-    return settings.slim_round_to if isinstance(settings, SlimConfig) else SlimConfig().slim_round_to
-
-
-def _find_callback(trainer: Trainer | None) -> SlimTrainerCallback | None:
-    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
-    return next((callback for callback in callbacks if isinstance(callback, SlimTrainerCallback)), None)
-
-
-def _find_slimming(trainer: Trainer | None) -> Slimmer | None:
-    callback = _find_callback(trainer)
-    return callback.slimming if callback is not None else None
-
-
-def _warn_of_early_end(trainer: Trainer | None) -> None:
-    slimming = _find_slimming(trainer)
-    if slimming is not None and not slimming.has_reached_target:
-        logger.warning(
-            f"save_slimmed: training ended before the last pruning step, {slimming.last_step}. The sparsities reached "
-            f"are {slimming.sparsities()}, and the model is saved with those."
-        )
 
 
 def _metrics(trainer: Trainer | None) -> dict[str, float]:

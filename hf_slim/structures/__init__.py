@@ -21,28 +21,3 @@ from .structure import (
     total_units,
 )
 from .unit_counts import set_count
-
-__all__ = [
-    "BASE",
-    "CONFIG_CHANNELS",
-    "CONFIG_HEADS",
-    "Discovery",
-    "Kind",
-    "Masks",
-    "Member",
-    "REMEDY",
-    "Skipped",
-    "Structure",
-    "count_left",
-    "exclude_structures",
-    "find_structures",
-    "find_tensor",
-    "get_module",
-    "get_tensor",
-    "has_adapters",
-    "join",
-    "merge_adapters",
-    "require_structures",
-    "set_count",
-    "total_units",
-]

@@ -8,26 +8,8 @@ from .callback import SlimTrainerCallback, add_sparsities, refuse_several
 from .checkpoints import choose_checkpoint, find_whole_checkpoint, restore_shape
 from .damaged_weights import find_damaged_weights
 from .importance import score_structures
-from .live_units import LiveUnits, find_live
+from .model_shape import ModelShape, find_shape
 from .schedule import Schedule
 from .slimmer import Slimmer
 from .trainer_session import attending
 from .unit_selection import select_units
-
-__all__ = [
-    "LiveUnits",
-    "Schedule",
-    "SlimTrainerCallback",
-    "Slimmer",
-    "add_sparsities",
-    "attending",
-    "choose_checkpoint",
-    "find_damaged_weights",
-    "find_live",
-    "find_whole_checkpoint",
-    "parse_auto_slim_config",
-    "refuse_several",
-    "restore_shape",
-    "score_structures",
-    "select_units",
-]

@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from ..arguments import SlimConfig, refuse_two_settings
 from ..parallel import find_fixed_shapes, refuse_strategy
-from .live_units import find_live
 from .plan import from_state, to_state
 from .saved_state import check_saved
 from .slimmer import Slimmer
@@ -52,6 +51,18 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         """
         if self.slimming is not None and self._trained() is model:
             self.slimming.restore_zeros(model)
+
+    def find_masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The masks of the units that are in a model.
+
+        Args:
+            model: The trainer's model.
+
+        Returns:
+            For each structure's name a boolean tensor of shape `[units]`, True = keep; nothing if it is not the model
+            that was trained.
+        """
+        return self.slimming.masks_left if self.slimming is not None and self._trained() is model else {}
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -108,11 +119,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             begin=begin,
             saved=saved,
             optimizer=optimizer,
-            live=find_live(model),
             obstacle=find_fixed_shapes(model, args),
             find_others=self._find_others,
         )
-        if not self.slimming.plans:
+        if not self.slimming.plan.targets:
             warnings.warn(
                 "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
             )
@@ -123,7 +133,9 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if not self.slimming.has_reached_target:
             _forget_best(state)
             if args.metric_for_best_model is not None:
-                logger.info(f"The best model is sought from step {self.slimming.last_step} on, at the final sparsity.")
+                logger.info(
+                    f"The best model is sought from step {self.slimming.plan.last_step} on, at the final sparsity."
+                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -215,7 +227,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         if not self._running.has_reached_target:
             logger.warning(
                 f"Training ended at step {state.global_step}, before the last pruning step, "
-                f"{self._running.last_step}: the sparsities reached are {self.sparsities()}."
+                f"{self._running.plan.last_step}: the sparsities reached are {self.sparsities()}."
             )
 
     def sparsities(self) -> dict[str, float]:
@@ -310,7 +322,7 @@ def add_sparsities(callbacks: Iterable[TrainerCallback], state: TrainerState, lo
         if (
             isinstance(callback, SlimTrainerCallback)
             and callback.slimming is not None
-            and callback.slimming.plans
+            and callback.slimming.plan.targets
             and "loss" in logs
         ):
             logs.update(callback.sparsities())

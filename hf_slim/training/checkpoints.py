@@ -19,7 +19,7 @@ from ..parallel import find_fixed_shapes
 from ..structures import find_structures
 from .callback import find_saved, find_state
 from .damaged_weights import find_damaged_weights
-from .live_units import LiveUnits, find_live
+from .model_shape import ModelShape, find_shape
 from .saved_state import read_masks
 
 logger = logging.get_logger(__name__)
@@ -96,10 +96,10 @@ def restore_shape(model: nn.Module, folder: str | os.PathLike[str], args: Traini
         ValueError: If the checkpoint is of another model, or shapes cannot change in this training.
     """
     saved = find_saved(TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).stateful_callbacks)
-    live = find_live(model)
+    shape = find_shape(model)
     if saved is None or not saved["live"]:
-        if live is not None:
-            live.take_shape(model, {name: torch.ones_like(mask) for name, mask in live.masks.items()})
+        if shape is not None:
+            shape.take(model, {name: torch.ones_like(mask) for name, mask in shape.masks.items()})
         return
     obstacle = find_fixed_shapes(model, args)
     if obstacle is not None:
@@ -107,8 +107,8 @@ def restore_shape(model: nn.Module, folder: str | os.PathLike[str], args: Traini
             f"{folder} is a checkpoint of a training with live compaction, but {obstacle}. Resume on one device, or "
             "start another training from it as a model (from_pretrained)."
         )
-    live = live or LiveUnits(find_structures(model))
-    live.take_shape(model, read_masks(saved["dropped"], live.masks))
+    shape = shape or ModelShape(find_structures(model))
+    shape.take(model, read_masks(saved["dropped"], shape.masks))
 
 
 def _is_cut_off(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,14 +10,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..compaction import Cuttings, compact_model, zero_units
+from ..compaction import Undo, compact_model, find_blamed, zero_units
 from ..parallel import find_device
 from ..proof import RUN_ERRORS, VerificationError, compare_outputs, evaluating, find_tensors, widened
 from ..structures import Masks, Structure, get_module
 from .captured_batch import Call
-
-_BLOCK = 1 << 22
-"""Values of an output that are compared at once, since a comparison makes several copies of them in float64."""
 
 
 class Proof(NamedTuple):
@@ -81,7 +78,8 @@ def compact_proven(
     except Unproven as error:
         return Proof(compact_model(model, structures, masks, optimizer), frozenset(), str(error))
     except VerificationError as error:
-        names = ", ".join(structure.name for structure in _find_blamed(model, structures, masks, calls))
+        blamed = list(find_blamed(structures, lambda some: _differs(model, some, masks, calls)))
+        names = ", ".join(structure.name for structure in blamed or structures)
         reason = str(error).partition(" Nothing was saved")[0]
         raise VerificationError(
             f"Without the dropped units of {names} the model does not compute what it computes with zeros in their "
@@ -192,12 +190,13 @@ def _compact_in(
     calls: Sequence[Call],
 ) -> Proof:
     """Zero, run, cut, run, compare, in one type; put back on any error."""
-    cuttings = Cuttings(model, structures, masks, optimizer)
+    undo = Undo(model, optimizer)
+    undo.keep(structures, masks)
     try:
         zero_units(model, structures, masks)
         try:
             expected = run_calls(model, calls, dtype, structures)
-            _compare(expected.outputs, expected.outputs)
+            compare_outputs(expected.outputs, expected.outputs)
         except RUN_ERRORS as error:
             raise Unproven(str(error)) from error
         if not expected.outputs:
@@ -209,7 +208,7 @@ def _compact_in(
             raise VerificationError(f"{type(error).__name__}: {error}") from error
         _compare_runs(expected, actual)
     except BaseException:
-        cuttings.put_back()
+        undo.put_back()
         raise
     return Proof(compacted, frozenset(_find_reached(model, structures, expected.called)))
 
@@ -227,48 +226,21 @@ def _find_reached(model: nn.Module, structures: Sequence[Structure], called: set
                 yield weight
 
 
-def _find_blamed(
-    model: nn.Module, structures: Sequence[Structure], masks: Masks, calls: Sequence[Call]
-) -> Sequence[Structure]:
-    """The structures that differ by themselves, by bisection; all of them where only several together differ."""
-    if len(structures) == 1:
-        return structures
-    half = len(structures) // 2
-    blamed: list[Structure] = []
-    for part in (structures[:half], structures[half:]):
-        if _differs(model, part, masks, calls):
-            blamed += _find_blamed(model, part, masks, calls)
-    return blamed or structures
-
-
 def _differs(model: nn.Module, structures: Sequence[Structure], masks: Masks, calls: Sequence[Call]) -> bool:
-    cuttings = Cuttings(model, structures, masks)
+    undo = Undo(model)
+    undo.keep(structures, masks)
     try:
         _compact_same(model, structures, masks, None, calls)
     except (VerificationError, Unproven) as error:
         return isinstance(error, VerificationError)
-    cuttings.put_back()
+    undo.put_back()
     return False
 
 
 def _compare_runs(expected: Run, actual: Run) -> None:
     """Compare what came out at the end, and inside where it has the same shape and can be compared."""
-    _compare(expected.outputs, actual.outputs)
+    compare_outputs(expected.outputs, actual.outputs)
     for name, wanted in expected.inner.items():
         got = actual.inner.get(name)
         if got is not None and got.shape == wanted.shape and wanted.isfinite().all():
-            _compare({name: wanted}, {name: got})
-
-
-def _compare(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor]) -> None:
-    """Compare outputs, large ones block by block; those that are equal need no comparison."""
-    if expected.keys() != actual.keys():
-        compare_outputs(expected, actual)
-    for name, wanted in expected.items():
-        got = actual[name]
-        if wanted.numel() <= _BLOCK or wanted.shape != got.shape:
             compare_outputs({name: wanted}, {name: got})
-            continue
-        for one, other in zip(wanted.flatten().split(_BLOCK), got.flatten().split(_BLOCK), strict=True):
-            if not torch.equal(one, other):
-                compare_outputs({name: one}, {name: other})

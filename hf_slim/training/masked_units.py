@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 from ..compaction import Slices, find_state_slices, find_zeros, zero_state
 from ..parallel import Place, Shards, Zeros
 from ..structures import Masks, Structure, get_tensor
+from .model_shape import ModelShape
+from .units import Step, Units
 
 
 class MaskedUnits:
-    """Dropped units that stay in the model as zeros: one of the two ways to apply masks while training.
+    """Dropped units that stay in the model as zeros: one of the ways to apply masks while training.
 
     The zeros are written when units are dropped, into the weights and into what the optimizer keeps for them. From
     then on the gradients of a dropped unit are zero, so that an optimizer that works element by element does not move
@@ -22,13 +24,16 @@ class MaskedUnits:
     that is not zero at zero) is written again after every step from then on. So is what something else wrote over.
 
     Args:
-        structures: The structures whose units may be dropped.
+        shape: Which units the model has.
         shards: Where the model's weights are.
     """
 
-    def __init__(self, structures: Iterable[Structure], shards: Shards) -> None:
+    removes = False
+    """Whether units will leave the model."""
+
+    def __init__(self, shape: ModelShape, shards: Shards) -> None:
         """See the class."""
-        self._structures = {s.name: s for s in structures}
+        self.shape = shape
         self._shards = shards
         self._slices: Slices = {}
         self._restless: set[Place] = set()  # what is written after every step
@@ -36,42 +41,25 @@ class MaskedUnits:
         self._zeros: dict[str, Zeros] = {}  # for each structure's name
         self._returned: set[Place] = set()  # what something else has written over
 
-    def current(self, structure: Structure) -> Structure:
-        """A structure as it is in the model now."""
-        return structure
-
-    def expand(self, name: str, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the units of a structure that are in the model, as scores of all that it had; on the CPU."""
-        return scores.cpu()
-
-    def narrow(self, name: str, scores: torch.Tensor) -> torch.Tensor:
-        """The reverse of `expand`."""
-        return scores
+    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
+        """Choose how masks are applied from here on; as zeros, too."""
+        return self
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, masks: Masks, optimizer: Any = None) -> None:
-        """Zero the units that masks drop.
-
-        Args:
-            model: The model; changed in place.
-            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
-            optimizer: The optimizer, if there is one already.
-        """
-        structures = [self._structures[name] for name in masks]
-        self._zeros = {s.name: find_zeros(model, [s], masks, self._shards) for s in structures}
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> Units:
+        """Write the zeros; see `Units`."""
+        left = self.shape.narrow_masks(masks)
+        structures = map(self.shape.find_current, left)
+        self._zeros = {s.name: find_zeros(model, [s], left, self._shards) for s in structures}
         zeros = [z for found in self._zeros.values() for z in found]
         self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
         self._write(model, zeros, optimizer)
         self._restless, self._is_seen = self._returned | problems.keys(), False
+        return self
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Keep the zeros zero, after an optimizer step and before its gradients are gone.
-
-        Args:
-            model: The model; changed in place.
-            optimizer: The optimizer.
-        """
+        """Write what moves again; see `Units`."""
         zeros = [z for found in self._zeros.values() for z in found]
         if not self._is_seen:
             unseen = [z for z in zeros if z[:2] not in self._restless]
@@ -82,15 +70,7 @@ class MaskedUnits:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: Any = None) -> list[str]:
-        """Look at the zeros, and write them again where something else has written over them.
-
-        Args:
-            model: The model; changed in place. It may be a copy of the one that is trained.
-            optimizer: The optimizer, if there is one.
-
-        Returns:
-            The names of the structures of which units had come back, as far as this process holds them.
-        """
+        """Write what is not zero any more; see `Units`."""
         places = [(name, z) for name, zeros in self._zeros.items() for z in zeros]
         told = self._shards.find_returned(model, [z for _, z in places])
         returned = [place for place, is_back in zip(places, told, strict=True) if is_back]

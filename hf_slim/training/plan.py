@@ -1,21 +1,20 @@
-"""What a training run is to remove, and when: from a SlimConfig or from auto-slim entries."""
+"""What a training is to remove, and when: the settings, checked against the model and the run, and frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
-from ..arguments import CriterionName, ScopeName, SlimConfig, place_steps
+from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps
 from ..structures import (
     Discovery,
     Kind,
     Masks,
     Structure,
     exclude_structures,
-    find_structures,
     get_tensor,
     has_adapters,
     require_structures,
@@ -25,10 +24,13 @@ from .auto_slim_config import find_entry_structures, read_entry
 from .schedule import Schedule
 from .unit_selection import check_reachable
 
+Settings = SlimConfig | Sequence[dict[str, Any]]
+"""A `SlimConfig`, or the list that `parse_auto_slim_config` returned."""
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be removed from the structures of one kind.
+class Target:
+    """What is to be removed from some structures of one kind.
 
     Args:
         kind: `ffn` or `mha`.
@@ -49,75 +51,94 @@ class Plan:
     min_heads: int
 
 
-def find_sparsities(structures: Iterable[Structure], masks: Masks) -> dict[str, float]:
-    """The sparsities that masks give, by the names of the settings.
+@dataclass(frozen=True)
+class Plan:
+    """What a training is to remove, and when.
 
     Args:
-        structures: The structures in the plans.
-        masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
-
-    Returns:
-        `ffn2_sparsity` and `mha_sparsity`; 0 where there is no structure of the kind.
+        targets: One for each kind with a sparsity above 0, or for each auto-slim entry.
+        live: Whether dropped units are to leave the model while it trains.
+        round_to: Multiple that the number of channels is rounded up to where the model is saved.
+        settings: What was asked for, as plain JSON data.
     """
-    found = {"ffn2_sparsity": 0.0, "mha_sparsity": 0.0}
-    structures = list(structures)
-    for kind, name in (("ffn", "ffn2_sparsity"), ("mha", "mha_sparsity")):
-        planned = [s for s in structures if s.kind == kind]
-        if planned:
-            found[name] = sum(int((~masks[s.name]).sum()) for s in planned) / total_units(planned)
-    return found
+
+    targets: tuple[Target, ...]
+    live: LiveChoice
+    round_to: int
+    settings: Any
+
+    @property
+    def structures(self) -> list[Structure]:
+        """The structures of all targets."""
+        return [structure for target in self.targets for structure in target.structures]
+
+    @property
+    def last_step(self) -> int:
+        """The optimizer step at which the target sparsity is reached; 0 if there is nothing to do."""
+        return max((target.schedule.steps[-1] for target in self.targets), default=0)
+
+    def find_sparsities(self, masks: Masks) -> dict[str, float]:
+        """The sparsities that masks give, by the names of the settings.
+
+        Args:
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+
+        Returns:
+            `ffn2_sparsity` and `mha_sparsity`; 0 where no structure of the kind is planned.
+        """
+        found = {"ffn2_sparsity": 0.0, "mha_sparsity": 0.0}
+        for kind, name in (("ffn", "ffn2_sparsity"), ("mha", "mha_sparsity")):
+            planned = [s for s in self.structures if s.kind == kind]
+            if planned:
+                found[name] = sum(int((~masks[s.name]).sum()) for s in planned) / total_units(planned)
+        return found
 
 
-def make_plans(
+def make_plan(
     model: nn.Module,
-    config: SlimConfig | Sequence[dict[str, Any]],
+    settings: Settings,
     max_steps: int,
     *,
+    found: Discovery,
     begin: int = 0,
     steps: Sequence[Sequence[int]] | None = None,
-    found: Discovery | None = None,
-) -> list[Plan]:
-    """Turn the settings into plans for one model and one training run, or refuse them.
+) -> Plan:
+    """Turn the settings into a plan for one model and one training, or refuse them.
 
     Args:
         model: The model to be trained.
-        config: A `SlimConfig`, or the list that `parse_auto_slim_config` returned.
-        max_steps: Optimizer steps of the training run.
+        settings: A `SlimConfig`, or the list that `parse_auto_slim_config` returned.
+        max_steps: Optimizer steps of the training.
+        found: What the model has, or had before a training made it smaller.
         begin: Optimizer steps done before slimming begins.
-        steps: The pruning steps of each plan, where an earlier part of this training has placed them.
-        found: What the model has, or had before a training made it smaller; found in it if it is not given.
+        steps: The pruning steps of each target, where an earlier part of this training has placed them.
 
     Returns:
-        A plan for each kind with a target above 0; none if both are 0.
+        The plan; without targets if all sparsities are 0.
 
     Raises:
-        ValueError: If the settings cannot be carried out on this model in this run.
+        ValueError: If the settings cannot be carried out on this model in this training.
     """
-    found = find_structures(model) if found is None else found
-    plans = []
-    if isinstance(config, SlimConfig):
-        kept = exclude_structures(found.structures, config.slim_exclude or ())
-        for kind, sparsity in (("ffn", config.ffn2_sparsity), ("mha", config.mha_sparsity)):
-            if sparsity:
-                require_structures(model, found, kind)  # type: ignore[arg-type]
-                structures = tuple(s for s in kept if s.kind == kind)
-                if not structures:
-                    raise ValueError(f"slim_exclude={config.slim_exclude} leaves no {kind} structure to slim.")
-                plans.append(_make_plan(structures, config, sparsity, max_steps, begin))
+    if isinstance(settings, SlimConfig):
+        asked, round_to = _read_config(model, settings, found), settings.slim_round_to
     else:
-        for entry in config:
-            settings, sparsity = read_entry(entry)
-            structures = find_entry_structures(found, entry)
-            if sparsity and structures:
-                plans.append(_make_plan(structures, settings, sparsity, max_steps, begin))
-    for plan in plans:
-        _require_gradients(model, plan)
-    return plans if steps is None else _place_steps(plans, steps, max_steps)
+        asked, round_to = _read_entries(settings, found), SlimConfig().slim_round_to
+    targets = tuple(_make_target(*wish, max_steps, begin) for wish in asked)
+    for target in targets:
+        _require_gradients(model, target)
+    if steps is not None:
+        targets = _place_steps(targets, steps, max_steps)
+    return Plan(targets, find_live_choice(settings), round_to, to_state(settings))
 
 
-def to_state(config: SlimConfig | Sequence[dict[str, Any]] | None) -> Any:
+def find_live_choice(settings: Settings) -> LiveChoice:
+    """Whether dropped units are to leave the model while it trains; with auto-slim entries they stay as zeros."""
+    return settings.slim_live if isinstance(settings, SlimConfig) else False
+
+
+def to_state(settings: Settings | None) -> Any:
     """The settings as plain JSON data; `from_state` reads them back."""
-    return asdict(config) if isinstance(config, SlimConfig) else config
+    return asdict(settings) if isinstance(settings, SlimConfig) else settings
 
 
 def from_state(state: Any) -> SlimConfig | list[dict[str, Any]] | None:
@@ -157,44 +178,60 @@ def from_state(state: Any) -> SlimConfig | list[dict[str, Any]] | None:
     return list(state)
 
 
-def _place_steps(plans: Sequence[Plan], steps: Sequence[Sequence[int]], max_steps: int) -> list[Plan]:
-    if len(steps) != len(plans) or any(placed[-1] > max_steps for placed in steps):
-        raise ValueError(
-            f"The checkpoint's pruning steps, {[list(placed) for placed in steps]}, do not fit {len(plans)} schedules "
-            f"in a training of {max_steps} steps: resume with the number of steps of the run, or more."
-        )
-    return [
-        replace(plan, schedule=replace(plan.schedule, steps=tuple(placed)))
-        for plan, placed in zip(plans, steps, strict=True)
-    ]
+_Wish = tuple[tuple[Structure, ...], SlimConfig, float]
+"""Structures, the settings for them, and the sparsity to reach."""
 
 
-def _make_plan(
+def _read_config(model: nn.Module, config: SlimConfig, found: Discovery) -> Iterator[_Wish]:
+    kept = exclude_structures(found.structures, config.slim_exclude or ())
+    sparsities: dict[Kind, float] = {"ffn": config.ffn2_sparsity, "mha": config.mha_sparsity}
+    for kind, sparsity in sparsities.items():
+        if sparsity:
+            require_structures(model, found, kind)
+            structures = tuple(s for s in kept if s.kind == kind)
+            if not structures:
+                raise ValueError(f"slim_exclude={config.slim_exclude} leaves no {kind} structure to slim.")
+            yield structures, config, sparsity
+
+
+def _read_entries(entries: Iterable[dict[str, Any]], found: Discovery) -> Iterator[_Wish]:
+    for entry in entries:
+        config, sparsity = read_entry(entry)
+        structures = find_entry_structures(found, entry)
+        if sparsity and structures:
+            yield structures, config, sparsity
+
+
+def _make_target(
     structures: tuple[Structure, ...], config: SlimConfig, sparsity: float, max_steps: int, begin: int
-) -> Plan:
+) -> Target:
     schedule = Schedule(place_steps(config, max_steps, begin=begin), sparsity, config.slim_schedule)
-    check_reachable(
-        structures, sparsity, scope=config.slim_scope, round_to=config.slim_round_to, min_heads=config.slim_min_heads
-    )
-    return Plan(
-        structures[0].kind,
-        structures,
-        schedule,
-        config.slim_criterion,
-        config.slim_scope,
-        config.slim_round_to,
-        config.slim_min_heads,
+    scope, round_to, min_heads = config.slim_scope, config.slim_round_to, config.slim_min_heads
+    check_reachable(structures, sparsity, scope=scope, round_to=round_to, min_heads=min_heads)
+    return Target(structures[0].kind, structures, schedule, config.slim_criterion, scope, round_to, min_heads)
+
+
+def _place_steps(targets: Sequence[Target], steps: Sequence[Sequence[int]], max_steps: int) -> tuple[Target, ...]:
+    if len(steps) != len(targets) or any(placed[-1] > max_steps for placed in steps):
+        raise ValueError(
+            f"The checkpoint's pruning steps, {[list(placed) for placed in steps]}, do not fit {len(targets)} "
+            f"schedules in a training of {max_steps} steps: resume with the number of steps of the run, or more."
+        )
+    return tuple(
+        replace(target, schedule=replace(target.schedule, steps=tuple(placed)))
+        for target, placed in zip(targets, steps, strict=True)
     )
 
 
-def _require_gradients(model: nn.Module, plan: Plan) -> None:
-    if plan.criterion == "magnitude":
+def _require_gradients(model: nn.Module, target: Target) -> None:
+    if target.criterion == "magnitude":
         return
-    for structure in plan.structures:
+    for structure in target.structures:
         for member in structure.outputs:
             if not get_tensor(model, member.tensor).requires_grad:
                 later = " Or slim first, and add the adapters to the slim model." if has_adapters(model) else ""
                 raise ValueError(
-                    f"{member.tensor} is frozen, so slim_criterion={plan.criterion!r} cannot score {structure.name}: "
-                    f"train it, exclude it with slim_exclude, or use slim_criterion='magnitude'.{later}"
+                    f"{member.tensor} is frozen, so slim_criterion={target.criterion!r} cannot score "
+                    f"{structure.name}: train it, exclude it with slim_exclude, or use "
+                    f"slim_criterion='magnitude'.{later}"
                 )

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..arguments import SlimConfig
 from ..structures import Masks
-from .plan import Plan, to_state
-
-Settings = SlimConfig | Sequence[dict[str, Any]]
+from .plan import Plan, Settings, to_state
 
 _MOST = torch.finfo(torch.float32).max
 """The largest finite score; no comparison with NaN holds."""
@@ -46,6 +43,8 @@ def check_saved(saved: Any) -> None:
         raise damaged("its dropped units or scores are not lists")
     if any(type(score) not in (int, float) for scores in saved["scores"].values() for score in scores):
         raise damaged("its scores are not numbers")
+    if not isinstance(saved.get("zeros", {}), dict) or not isinstance(saved.get("unproven", []), list):
+        raise damaged("its zeros or unproven structures are not as they were written")
 
 
 def damaged(what: str) -> ValueError:
@@ -81,27 +80,28 @@ def read_masks(dropped_units: Mapping[str, Any], masks: Masks) -> dict[str, torc
     return read
 
 
-def check_fit(saved: Mapping[str, Any], plans: Sequence[Plan]) -> None:
+def check_fit(saved: Mapping[str, Any], plan: Plan) -> None:
     """Refuse a saved state that does not fit what is to be removed now.
 
     Args:
         saved: What passed `check_saved`.
-        plans: The plans of this run.
+        plan: The plan of this run.
 
     Raises:
         ValueError: If the structures, the scores or the numbers of pruning steps do not fit.
     """
-    units = {s.name: s.units for plan in plans for s in plan.structures}
+    units = {s.name: s.units for s in plan.structures}
     odd = sorted(set(units) - set(saved["dropped"]) if saved["live"] else set(saved["dropped"]) ^ set(units))
     if odd:  # what left the model in an earlier training may be there, too
         raise damaged(f"{odd[0]!r} is in only one of the state and the model")
     for name, scores in saved["scores"].items():
         if len(scores) != units.get(name) or not all(abs(score) <= _MOST for score in scores):
             raise damaged(f"the scores of {name} are not {units.get(name)} finite numbers")
-    if len(saved["events"]) != len(plans) or any(
-        not 0 <= done <= len(plan.schedule.steps) for done, plan in zip(saved["events"], plans, strict=False)
+    if len(saved["events"]) != len(plan.targets) or any(
+        not 0 <= done <= len(target.schedule.steps)
+        for done, target in zip(saved["events"], plan.targets, strict=False)
     ):
-        raise damaged(f"{saved['events']} pruning steps of {len(plans)} schedules are said to be done")
+        raise damaged(f"{saved['events']} pruning steps of {len(plan.targets)} schedules are said to be done")
 
 
 def refuse_other_settings(saved: Mapping[str, Any], settings: Settings) -> None:

@@ -40,7 +40,7 @@ def attending(trainer: Trainer) -> Iterator[None]:
         callback.restore_zeros(trainer.model)  # callbacks after ours, and what a trainer does after all of them
     except RuntimeError as error:
         slimming = callback.slimming
-        has_removed = slimming is not None and slimming.live is not None and slimming.live.has_removed
+        has_removed = slimming is not None and slimming.shape.has_removed
         if not has_removed or isinstance(error, VerificationError) or not _MISMATCH.search(str(error)):
             raise
         culprit = _find_culprit(error) or "something beside the model"

@@ -35,18 +35,14 @@ def select_units(
         structures: Structures of one kind.
         scores: For each structure's name one number per unit, shape `[units]`.
         masks: The masks so far, boolean of shape `[units]`, True = keep.
-        sparsity: Fraction of all units to drop.
+        sparsity: Fraction of all units to drop, which passed `check_reachable`.
         scope: `local` drops that fraction in each structure, `global` the lowest scores over all of them.
         round_to: Multiple for the number of channels, and how many every structure keeps at least.
         min_heads: Heads or key-value groups that every structure keeps at least.
 
     Returns:
         The new masks, on the CPU.
-
-    Raises:
-        ValueError: If the floors make the sparsity unreachable; the message says what is reachable.
     """
-    check_reachable(structures, sparsity, scope=scope, round_to=round_to, min_heads=min_heads)
     ranked = {
         s.name: scores[s.name].detach().double().cpu().masked_fill(~masks[s.name].cpu(), -math.inf) for s in structures
     }

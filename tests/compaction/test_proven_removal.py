@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_slim import find_structures, model_slim, save_slimmed
-from hf_slim.compaction.cuts import Cuts
+from hf_slim.compaction.undo import Undo
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.made_inputs import make_inputs
 from hf_slim.proof.output_comparison import VerificationError, compare_models, compute_outputs, widened
@@ -186,7 +186,7 @@ def assert_same(before, model):
 def warnings_of_ours(monkeypatch):
     """What the library warns of."""
     messages = []
-    for module in ("auto_slim", "saving"):
+    for module in ("compaction.sparse_model", "saving.save"):
         monkeypatch.setattr(f"hf_slim.{module}.logger.warning", messages.append)
     return messages
 
@@ -336,7 +336,7 @@ def test_whatever_is_raised_the_model_is_as_it_was(family, where, verify, monkey
         raise Interruption
 
     if where == "half way":
-        import hf_slim.compaction as compaction
+        from hf_slim.compaction import compact as compaction
 
         original = compaction.take_positions
         monkeypatch.setattr(
@@ -358,10 +358,11 @@ def test_what_is_kept_is_no_larger_than_what_is_cut(family):
     model = mask(build(family))
     structures = find_structures(model).structures
     before = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    cuts = Cuts(model)
-    cuts.make(structures, half_masks(structures))
+    undo = Undo(model)
+    undo.cut(structures, half_masks(structures))
     removed = before - sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    assert removed > 0 and sum(cut.values.untyped_storage().nbytes() for cut in cuts._cuts) == 4 * removed
+    kept = [piece.values for step in undo._steps for piece in step.args[-1]]
+    assert removed > 0 and sum(values.untyped_storage().nbytes() for values in kept) == 4 * removed
 
 
 @pytest.mark.parametrize("kind", ["part of a larger tensor", "transposed", "in shared memory"])
@@ -679,7 +680,7 @@ def test_saving_compares_on_the_data_of_the_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_slim.compaction.proven_removal.make_inputs", lambda model: pytest.fail("inputs were made"))
     original = compute_outputs
     monkeypatch.setattr(
-        "hf_slim.compaction.proven_removal.compute_outputs",
+        "hf_slim.compaction.numerical_proof.compute_outputs",
         lambda model, batch, dtype: (seen.append(tuple(batch["input_ids"].shape)), original(model, batch, dtype))[1],
     )
     trainer = make_trainer(tmp_path, train_dataset=rows(20))

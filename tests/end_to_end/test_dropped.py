@@ -11,6 +11,8 @@ from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import find_zero_units
 from hf_slim.parallel.shards import find_shards
 from hf_slim.training.masked_units import MaskedUnits
+from hf_slim.training.model_shape import ModelShape
+from hf_slim.training.units import Step
 from hf_slim.training.weight_copies import find_copy
 
 COME_BACK = "Dropped units of bert.encoder.layer.0.output.dense, "
@@ -117,9 +119,9 @@ class Counts(TrainerCallback):
 def told(monkeypatch):
     """The warnings and what else is logged."""
     messages = []
-    for module in ("slimming", "live_removal"):
+    for module in ("slimmer", "live_units", "pending_units"):
         for kind in ("info", "warning"):
-            monkeypatch.setattr(f"hf_slim.{module}.logger.{kind}", messages.append)
+            monkeypatch.setattr(f"hf_slim.training.{module}.logger.{kind}", messages.append)
     return messages
 
 
@@ -197,8 +199,8 @@ def test_only_what_came_back_is_written_after_every_step():
     model = build("bert")
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
-    units = MaskedUnits(structures, find_shards(model))
-    units.apply(model, masks)
+    units = MaskedUnits(ModelShape(find_structures(model)), find_shards(model))
+    units.apply(model, masks, None, Step())
     assert units.restore(model) == [] and units._restless == set()
     name = "bert.encoder.layer.0.output.dense"
     model.get_parameter(f"{name}.weight").data[:, -1] = 1.0
@@ -207,7 +209,7 @@ def test_only_what_came_back_is_written_after_every_step():
     assert units._restless == {(f"{name}.weight", 1)}
     changed = [key for key, value in model.state_dict().items() if not torch.equal(before[key], value)]
     assert changed == [f"{name}.weight"]
-    units.apply(model, masks)
+    units.apply(model, masks, None, Step())
     assert units._restless == {(f"{name}.weight", 1)}
 
 
@@ -244,8 +246,8 @@ def test_a_copy_that_is_made_when_some_units_are_gone(tmp_path, told):
     settings = {"slim_start": 2, "slim_end": 8, "slim_frequency": 3, "slim_scope": "local"}
     trainer, _ = prepare(tmp_path, live="auto", callbacks=[Swa(start=3)], **settings)
     trainer.train()
-    live = slim_callback(trainer).slimming.live
-    assert live is not None and live.keeps_zeros and len(told) == 1 and "Swa keeps a copy" in told[0]
+    slimming = slim_callback(trainer).slimming
+    assert slimming.is_live and not slimming._units.removes and len(told) == 1 and "Swa keeps a copy" in told[0]
     assert shapes(trainer.model) != shapes(dropout_free())
 
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_slim import SlimConfig, find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import find_zero_units, zero_units
-from hf_slim.training.plan import make_plans
+from hf_slim.training.plan import make_plan
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'hf-slim[integrations]'")
 
@@ -292,7 +292,7 @@ def test_what_no_layout_explains_is_skipped(make, reason):
     found = find_structures(model)
     assert not found.structures and found.skipped
     with pytest.raises(ValueError, match=reason):
-        make_plans(model, SlimConfig(slim_criterion="magnitude", **HALF), 12)
+        make_plan(model, SlimConfig(slim_criterion="magnitude", **HALF), 12, found=find_structures(model))
 
 
 def test_adapters_of_stacked_experts_are_skipped():

@@ -266,7 +266,7 @@ def test_without_state_the_schedule_starts_there(tmp_path, monkeypatch):
         "The checkpoint of step 4 holds no slimming state: the schedule starts there, with nothing dropped so far and "
         "fractions counted of the steps that remain."
     ]
-    for plan in slim_callback(resumed).slimming.plans:
+    for plan in slim_callback(resumed).slimming.plan.targets:
         assert (plan.schedule.steps[0], plan.schedule.steps[-1]) == (6, 10)
     logged = {e["step"]: e["ffn2_sparsity"] for e in resumed.state.log_history if "ffn2_sparsity" in e}
     assert (logged[5], logged[10], logged[12]) == (0, 0.5, 0.5)
@@ -277,7 +277,7 @@ def test_more_steps_keep_the_pruning_steps(tmp_path):
     fractions = {"slim_start": 0.25, "slim_end": 0.75}
     make_trainer(build("bert"), tmp_path, **SAVING, **fractions).train()
     resumed = resume(tmp_path, max_steps=24, **fractions)
-    steps = [plan.schedule.steps for plan in slim_callback(resumed).slimming.plans]
+    steps = [plan.schedule.steps for plan in slim_callback(resumed).slimming.plan.targets]
     assert [list(placed) for placed in steps] == read_state(tmp_path, 4)["stateful_callbacks"]["SlimTrainerCallback"][
         "attributes"
     ]["saved"]["steps"]

@@ -12,7 +12,7 @@ from trainers import EVERY, NO_DROPOUT, Trajectory, dropout_free, make_trainer, 
 from transformers import Trainer, TrainerCallback
 
 from hf_slim import SlimConfig, find_structures
-from hf_slim.compaction.cuttings import Cuttings
+from hf_slim.compaction.undo import Undo
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError
 from hf_slim.training import live_proof
@@ -51,8 +51,8 @@ def run(model, folder, *, live, callbacks=(), **settings):
 def warned(monkeypatch):
     """The warnings of live compaction."""
     messages = []
-    for module in ("slimming", "live_removal"):
-        monkeypatch.setattr(f"hf_slim.{module}.logger.warning", messages.append)
+    for module in ("slimmer", "live_units", "pending_units"):
+        monkeypatch.setattr(f"hf_slim.training.{module}.logger.warning", messages.append)
     return messages
 
 
@@ -182,7 +182,7 @@ def test_zeros_beside_units_that_are_gone(tmp_path, warned):
     auto, other = run(dropout_free(), tmp_path / "auto", live="auto", callbacks=[WrongLater(4)], **settings)
     assert len(warned) == 1 and WRONG in warned[0]
     slimming = slim_callback(auto).slimming
-    assert slimming.is_live and slimming.live.keeps_zeros and slimming.unproven == set()
+    assert slimming.is_live and not slimming._units.removes and slimming.unproven == set()
     assert other.sizes[0] > other.sizes[3] == other.sizes[-1]
     for step, (masks, others) in enumerate(zip(trajectory.masks, other.masks, strict=True)):
         assert all(torch.equal(mask, others[name]) for name, mask in masks.items()), step
@@ -194,15 +194,14 @@ def test_zeros_beside_units_that_are_gone(tmp_path, warned):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.model).items()), step
         masks = slim_callback(auto).masks
         assert all(torch.equal(mask, masks[name]) for name, mask in slim_callback(resumed).masks.items())
-    structures = [slimming.live.current(s) for s in slimming.structures]
-    kept = {name: mask[slimming.live.masks[name]] for name, mask in slimming.masks.items()}
+    structures = [slimming.shape.find_current(s.name) for s in slimming.plan.structures]
     before = weights(auto.model)
-    zero_units(auto.model, structures, kept)
+    zero_units(auto.model, structures, slimming.masks_left)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(auto.model).items())
     again = make_trainer(auto.model, tmp_path / "again", slim_live="auto", **STEPS)
     assert not any(hook is mix for m in auto.model.modules() for hook in m._forward_pre_hooks.values())
     again.train()
-    assert slim_callback(again).slimming.live.keeps_zeros
+    assert not slim_callback(again).slimming._units.removes
 
 
 class Inner(Trainer):
@@ -407,12 +406,13 @@ def test_cuttings_come_back_bit_for_bit(family, cut):
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) % 2 == 0 for s in structures}
     before = remember(model, optimizer)
-    cuttings = Cuttings(model, structures, masks, optimizer)
+    undo = Undo(model, optimizer)
+    undo.keep(structures, masks)
     zero_units(model, structures, masks)
     if cut == "all":
         compact_model(model, structures, masks, optimizer)
         assert shapes(model) != {name: tuple(tensor.shape) for name, tensor in before[0].items()}
-    cuttings.put_back()
+    undo.put_back()
     assert_same(before, remember(model, optimizer))
 
 

@@ -175,7 +175,8 @@ def test_training_again_goes_on_from_what_is_left(tmp_path):
 
 def messages_of(monkeypatch):
     messages = []
-    monkeypatch.setattr("hf_slim.training.live_removal.logger.info", messages.append)
+    for module in ("live_units", "pending_units"):
+        monkeypatch.setattr(f"hf_slim.training.{module}.logger.info", messages.append)
     return messages
 
 

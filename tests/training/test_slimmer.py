@@ -86,7 +86,7 @@ def test_no_tensor_as_large_as_a_weight(family, criterion):
     model = build(family)
     scored = make_slimming(model, slim_criterion=criterion, **LATE)
     smallest = min(
-        model.get_parameter(m.tensor).numel() for s in scored.structures for m in s.members if m.role == "output"
+        model.get_parameter(m.tensor).numel() for s in scored.plan.structures for m in s.members if m.role == "output"
     )
     optimizer = torch.optim.AdamW(model.parameters())
     model(**make_batch(model)).loss.backward()
@@ -115,7 +115,7 @@ def test_nothing_is_done_after_the_schedule(make):
         slimming.advance(model, optimizer, 3, skipped=True)
     assert sizes.most == 0
     units = slimming._units
-    assert isinstance(units, MaskedUnits) and not units._restless and not units._unseen
+    assert isinstance(units, MaskedUnits) and units._is_seen and not units._restless
     for step in range(4, 8):
         take_step(model, optimizer, slimming, step)
     check_zeros(model, slimming)
@@ -130,7 +130,7 @@ def test_what_moves_is_written_at_every_step(case):
     for step in range(1, 6):
         take_step(model, optimizer, slimming, step)
         check_zeros(model, slimming)
-    restless = {name.rpartition(".")[2] for name, _, _ in slimming._units._restless}
+    restless = {name.rpartition(".")[2] for name, _ in slimming._units._restless}
     assert restless == ({"weight"} if case == "activation" else {"weight", "bias"})
 
 
@@ -149,10 +149,12 @@ def test_what_has_no_gradient_to_judge_by_is_written_without_waiting():
     model = build("bert", spread=0.1)
     optimizer, slimming = torch.optim.AdamW(model.parameters()), make_slimming(model, **NOW)
     take_step(model, optimizer, slimming, 1)
-    unseen = len(slimming._units._unseen)
+    units = slimming._units
+    written = {z[:2] for zeros in units._zeros.values() for z in zeros}
+    assert written and not units._is_seen and not units._restless
     optimizer.step()
     slimming.advance(model, optimizer, 2, skipped=True)  # there were no gradients in this step
-    assert len(slimming._units._restless) == unseen > 0
+    assert units._is_seen and units._restless == written
     for step in range(3, 6):
         take_step(model, optimizer, slimming, step)
         check_zeros(model, slimming)
@@ -167,12 +169,12 @@ def test_a_graph_of_an_earlier_step_may_be_held():
         held.append(model(**make_batch(model, seed=step)).loss)
         take_step(model, optimizer, slimming, step)
     assert slimming.is_live
-    assert [s.units for s in slimming.structures] == [
-        2 * slimming._units.current(s).units for s in slimming.structures
+    assert [s.units for s in slimming.plan.structures] == [
+        2 * slimming.shape.find_current(s.name).units for s in slimming.plan.structures
     ]
 
 
 def check_zeros(model, slimming):
-    for structure in slimming.structures:
+    for structure in slimming.plan.structures:
         for (name, dim), where in structure.positions(~slimming.masks[structure.name]).items():
             assert not model.get_parameter(name).index_select(dim, where).any()

@@ -1,7 +1,3 @@
 """Code that is not of transformers: whether it treats units one by one, tried on a small copy or read."""
 
 from .check import find_strange
-
-__all__ = [
-    "find_strange",
-]

@@ -1,0 +1,182 @@
+"""Which units a model still has that is made smaller while it trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compaction import compact_model, find_pretrained, own_configs, refresh_record
+from ..modeling_hf_slim import set_sizes
+from ..parallel import change_tensor
+from ..structures import Discovery, Masks, Structure, get_module, get_tensor, set_count
+
+_KEPT_AS = "_hf_slim_shape"
+"""Attribute of a model with what it has lost while it trained, or for a checkpoint of such a training."""
+
+
+class ModelShape:
+    """Which units a model still has, of those that it had before a training made it smaller.
+
+    It is kept with the model as soon as anything has left it. A copy of the model, or one that is read from a file,
+    has none: such a model is what it is.
+
+    Args:
+        found: What discovery found in the model before anything is dropped.
+
+    Attributes:
+        found: The same.
+        masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
+        proven: The output weights that took part in a proof that the model computes the same without the units.
+    """
+
+    def __init__(self, found: Discovery) -> None:
+        """See the class."""
+        self.found = found
+        self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in found.structures}
+        self.proven: set[str] = set()
+        self._current = {s.name: s for s in found.structures}
+        self._sizes: dict[str, torch.Size] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing is left of it in a copy or a pickle of the model."""
+        return type(None), ()
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether a model has the sizes that it was left with."""
+        return all(get_tensor(model, name).shape == size for name, size in self._sizes.items())
+
+    @property
+    def has_removed(self) -> bool:
+        """Whether any unit has left the model."""
+        return any(not mask.all() for mask in self.masks.values())
+
+    @property
+    def unproven(self) -> set[str]:
+        """The names of the structures that have lost units, and took part in no proof."""
+        lost = {name for name, mask in self.masks.items() if not mask.all()}
+        return {name for name in lost if not self.is_proven(self._current[name])}
+
+    def is_proven(self, structure: Structure) -> bool:
+        """Whether all that reads a structure's units took part in a proof."""
+        return all(member.tensor in self.proven for member in structure.outputs)
+
+    def prove_all_but(self, unproven: Iterable[str]) -> None:
+        """Take all that has left the model as proven, but for what left some structures; so says a checkpoint."""
+        for name in self.masks.keys() - set(unproven):
+            if not self.masks[name].all():
+                self.proven |= {member.tensor for member in self._current[name].outputs}
+
+    def find_current(self, name: str) -> Structure:
+        """The structure of that name as it is in the model now."""
+        return self._current[name]
+
+    def expand(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values of the units of a structure that are in the model, as values of all that it had; on the CPU."""
+        whole = torch.zeros(len(self.masks[name]), dtype=values.dtype)
+        whole[self.masks[name]] = values.cpu()
+        return whole
+
+    def narrow(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The reverse of `expand`."""
+        return values[self.masks[name].to(values.device)]
+
+    def narrow_masks(self, masks: Masks) -> dict[str, torch.Tensor]:
+        """Masks of the units that structures had, as masks of those that are in the model."""
+        return {name: self.narrow(name, mask) for name, mask in masks.items()}
+
+    def find_shrinking(self, masks: Masks) -> list[Structure]:
+        """The structures, as they are in the model now, that masks take units from."""
+        return [self._current[name] for name, mask in masks.items() if (self.masks[name] & ~mask).any()]
+
+    def follow(self, model: nn.Module, structures: Iterable[Structure], masks: Masks) -> None:
+        """Take note of units that have left the model, with it and in its configs, so that checkpoints load.
+
+        Args:
+            model: The model.
+            structures: The structures that have lost units, as they are now.
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+        """
+        for structure in structures:
+            self._current[structure.name] = structure
+            self.masks[structure.name] = masks[structure.name].clone()
+        self._record(model)
+
+    def take(self, model: nn.Module, masks: Masks) -> None:
+        """Give the model the shape that it had in a checkpoint whose weights are loaded next.
+
+        Args:
+            model: The model; changed in place.
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep. Units that are gone
+                already may be kept in it: they come back without values.
+
+        Raises:
+            ValueError: If a tensor would have to grow that no checkpoint holds.
+        """
+        if any((mask & ~self.masks[name]).any() for name, mask in masks.items()):
+            self._restore(model)
+        shrinking = self.find_shrinking(masks)
+        if shrinking:
+            self.follow(model, compact_model(model, shrinking, self.narrow_masks(masks)), masks)
+
+    def sizes_before(self, model: nn.Module) -> dict[str, torch.Size]:
+        """The sizes that tensors had before anything was removed.
+
+        Args:
+            model: The model, or a copy of it.
+
+        Returns:
+            For the names of the tensors that have become smaller the sizes.
+        """
+        sizes: dict[str, list[int]] = {}
+        for dense in self.found.structures:
+            for (name, dim), where in dense.positions(~self.masks[dense.name]).items():
+                sizes.setdefault(name, list(get_tensor(model, name).shape))[dim] += len(where)
+        return {name: torch.Size(size) for name, size in sizes.items()}
+
+    def _restore(self, model: nn.Module) -> None:
+        """Bring all units back, without values."""
+        saved = model.state_dict().keys()
+        for name, size in self.sizes_before(model).items():
+            if name not in saved:
+                raise ValueError(
+                    f"The checkpoint has more units than the model is left with, and {name} is not in it: build the "
+                    "model anew, and resume with that."
+                )
+            get_tensor(model, name).grad = None
+            change_tensor(model, name, partial(torch.Tensor.new_zeros, size=size))
+            set_sizes(get_module(model, name.rpartition(".")[0]))
+        for dense in self.found.structures:
+            for count in dense.counts:
+                set_count(model, count, dense.units)
+        self.proven.clear()
+        whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
+        self.follow(model, self.found.structures, whole)
+
+    def _record(self, model: nn.Module) -> None:
+        if vars(model).get(_KEPT_AS) is None:
+            own_configs(model)
+        vars(model)[_KEPT_AS] = self
+        names = {member.tensor for structure in self._current.values() for member in structure.members}
+        self._sizes = {name: get_tensor(model, name).shape for name in names}
+        if "torch._dynamo" in sys.modules:  # after a few shapes torch.compile would run a function uncompiled
+            torch.compiler.reset()
+        for part in find_pretrained(model):
+            refresh_record(part, is_own=True)
+
+
+def find_shape(model: nn.Module) -> ModelShape | None:
+    """Find what a model has lost while it trained.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Its shape, None if it has lost nothing, or has been changed otherwise since.
+    """
+    shape = vars(model).get(_KEPT_AS)
+    return shape if isinstance(shape, ModelShape) and shape.fits(model) else None

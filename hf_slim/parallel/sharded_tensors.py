@@ -22,6 +22,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Whether a model's parameters are sharded, also while FSDP2 has put some together for a forward pass."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(is_sharded, model.parameters()))
+
+
 class ShardedTensors(WholeTensors):
     """The shards of FSDP2, whose tensors are parted along dimensions, or not at all; see `Shards`."""
 

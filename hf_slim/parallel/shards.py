@@ -10,7 +10,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 
 from .deepspeed_zero import ZeroPartitions
-from .sharded_tensors import ShardedTensors, is_sharded
+from .sharded_tensors import ShardedTensors, has_shards
 from .whole_tensors import Place, WholeTensors, Zeros
 
 
@@ -97,4 +97,4 @@ def find_shards(model: nn.Module, optimizer: Any = None) -> Shards:
     """
     if isinstance(optimizer, DeepSpeedOptimizerWrapper):
         return ZeroPartitions(optimizer.optimizer)
-    return ShardedTensors() if any(map(is_sharded, model.parameters())) else WholeTensors()
+    return ShardedTensors() if has_shards(model) else WholeTensors()

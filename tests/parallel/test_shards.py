@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_slim.parallel import deepspeed_zero
 from hf_slim.parallel.deepspeed_zero import ZeroPartitions
-from hf_slim.parallel.sharded_tensors import ShardedTensors
+from hf_slim.parallel.sharded_tensors import ShardedTensors, is_sharded
 from hf_slim.parallel.shards import find_shards
 from hf_slim.parallel.whole_tensors import WholeTensors
 
@@ -50,6 +50,10 @@ def test_one_process_has_whole_tensors(layer):
 
 def test_fsdp_2_has_sharded_ones(layer, group):
     fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    assert type(find_shards(layer)) is ShardedTensors
+    with torch.no_grad():
+        layer(torch.ones(1, 3))
+    assert not any(map(is_sharded, layer.parameters()))  # until the next step
     assert type(find_shards(layer)) is ShardedTensors
 
 

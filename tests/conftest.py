@@ -1,10 +1,12 @@
 """Tiny models of every family, and the real data where it is there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel
 
@@ -139,6 +141,14 @@ def need_data(name: str) -> Path:
 def blind_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     """Discovery takes whatever has a known layout, so that a numerical proof is all that stands in the way."""
     monkeypatch.setattr("hf_slim.structures.discovery.find_strange", lambda model, path, structure: None)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(params=FAMILIES)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_slim import save_slimmed
 from hf_slim.parallel import gathering
+from hf_slim.saving import save as saving
 
 
 class BadTokenizer:
@@ -64,7 +65,7 @@ def main(out: Path) -> None:
     }
     ends = {}
     for name, save in saves.items():
-        save.build_whole = failing_build if name == "sharded, building" else gathering.build_whole
+        saving.build_whole = failing_build if name == "sharded, building" else gathering.build_whole
         try:
             ends[name] = str(save().parameters_after)
         except BaseException as error:

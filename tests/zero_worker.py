@@ -39,14 +39,15 @@ class Watch(TrainerCallback):
             dropped = torch.arange(s.units) % 3 == 1
             for (name, dim), where in s.positions(dropped).items():
                 places[name, dim] = where
+        self.named = [(name, dim, where) for (name, dim), where in places.items()]
         self.zeros = [(get(model, name), dim, where) for (name, dim), where in places.items()]
         self.untouched = self._count(model)
-        self.undo = self.shards.call_before_step(lambda loss_scale: self.score_parts(model, loss_scale))
+        self.undo = self.shards.call_before_step(lambda: self.score_parts(model))
 
-    def score_parts(self, model, loss_scale):
+    def score_parts(self, model):
         self.order.append("score")
         sums = self.shards.sum_products(model, self.places, torch.mul, gradient=True)
-        self.pending = torch.cat([sums[place] for place in self.places]) / loss_scale
+        self.pending = torch.cat([sums[place] for place in self.places])
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.order.append("pre")
@@ -90,6 +91,16 @@ def get(model, name):
     return dict(model.named_parameters(remove_duplicate=False))[name]
 
 
+def bring_back_one(model, watch):
+    """Which zeros are found to have returned, before and after one has, as something else may write weights."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    before = watch.shards.find_returned(model, watch.named)
+    tensor, dim, where = watch.zeros[0]
+    safe_set_full_fp32_param(tensor, safe_get_full_fp32_param(tensor).index_fill(dim, where[-1:], 1.0))
+    return [before, watch.shards.find_returned(model, watch.named)]
+
+
 def main():
     file = Path(sys.argv[1])
     settings = json.loads(file.read_text())
@@ -115,6 +126,7 @@ def main():
     trainer.save_model(str(file.parent / "saved"))
     state = whole_state_dict(trainer.model) if watch.is_zero else model.state_dict()
     sums = watch.shards.sum_products(trainer.model, watch.places, torch.abs, gradient=False)
+    found = bring_back_one(trainer.model, watch) if watch.is_zero else []
     with whole_shapes(trainer.model):
         same = str(find_structures(trainer.model)) == plain_structures
         same = same and shapes == {name: list(p.shape) for name, p in trainer.model.named_parameters()}
@@ -135,6 +147,7 @@ def main():
                 "zeros": [
                     (n, d, w) for (n, p) in trainer.model.named_parameters() for t, d, w in watch.zeros if t is p
                 ],
+                "found": found,
                 "same_structures": same,
                 "kind": watch.kind,
             },

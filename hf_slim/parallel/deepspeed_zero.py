@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import distributed, nn
 
 from ..structures import get_tensor
@@ -21,56 +20,35 @@ from .whole_tensors import Place, Zeros
 _SUPPORTED = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer"}
 
 
-def find_zero_optimizer(optimizer: Any) -> Any | None:
-    """Find DeepSpeed's ZeRO optimizer, which runs the steps and owns the parts.
-
-    Args:
-        optimizer: What the Trainer hands to callbacks.
-
-    Returns:
-        The ZeRO optimizer of stage 1, 2 or 3, or None where DeepSpeed is not in use.
-
-    Raises:
-        RuntimeError: If DeepSpeed is in use in a way that hides gradients or weights.
-    """
-    if not isinstance(optimizer, DeepSpeedOptimizerWrapper):
-        return None
-    inner = optimizer.optimizer
-    kind = type(inner).__name__
-    if kind not in _SUPPORTED:
-        raise RuntimeError(
-            f"DeepSpeed's optimizer is {kind}, which cannot be slimmed; set the ZeRO stage to 1, 2 or 3."
-        )
-    if distributed.get_world_size(inner.dp_process_group) != distributed.get_world_size():
-        raise RuntimeError("DeepSpeed splits the model by tensor or pipeline parallelism; slimming needs ZeRO alone.")
-    if getattr(inner, "params_in_nvme_and_cpu", False):
-        raise RuntimeError('DeepSpeed keeps parameters on NVMe; set offload_param.device to "cpu" or "none" to slim.')
-    return inner
-
-
 class ZeroPartitions:
     """The shards of DeepSpeed ZeRO 1, 2 and 3, which are ranges of flattened tensors; see `Shards`.
 
     Args:
-        optimizer: From `find_zero_optimizer`.
+        optimizer: DeepSpeed's optimizer.
+
+    Raises:
+        RuntimeError: If it is in use in a way that hides gradients or weights.
     """
 
     scores_before_step = True  # accelerate runs backward and step in one call
 
     def __init__(self, optimizer: Any) -> None:
         """See the class."""
+        _refuse(optimizer)
         self._optimizer = optimizer
 
     def sum_products(
         self, model: nn.Module, places: Iterable[Place], function: Callable[..., torch.Tensor], *, gradient: bool
     ) -> dict[Place, torch.Tensor]:
-        """Sum a function of fp32 weight and gradient (not clipped, times the loss scale) in the parts of all ranks."""
+        """Sum a function of the fp32 weight and the gradient, which is not clipped yet, in the parts of all ranks."""
         chosen = list(places)
         if not chosen:
             return {}
-        sums = [sum_positions(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
+        sums = [_sum_own(get_tensor(model, name), dim, function, gradient=gradient) for name, dim in chosen]
         total = torch.cat(sums)
         distributed.all_reduce(total, group=self._optimizer.dp_process_group)
+        if gradient:
+            total /= getattr(self._optimizer, "loss_scale", 1.0)  # BF16_Optimizer has none
         return dict(zip(chosen, total.split([len(part) for part in sums]), strict=True))
 
     def find_nonzero(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, torch.Tensor]:
@@ -110,49 +88,23 @@ class ZeroPartitions:
         """All of them: the state of the optimizer, which moves them, is not looked at."""
         return [True] * len(zeros)
 
-    def call_before_step(self, function: Callable[[float], None]) -> Callable[[], None]:
+    def call_before_step(self, function: Callable[[], None]) -> Callable[[], None]:
         """Wrap the optimizer's step."""
-        optimizer, step = self._optimizer, self._optimizer.step
+        step = self._optimizer.step
 
         @functools.wraps(step)
         def step_after(*args: Any, **kwargs: Any) -> Any:
-            function(getattr(optimizer, "loss_scale", 1.0))  # BF16_Optimizer has none
+            function()
             return step(*args, **kwargs)
 
-        optimizer.step = step_after
-        return lambda: setattr(optimizer, "step", step)
+        self._optimizer.step = step_after
+        return lambda: setattr(self._optimizer, "step", step)
 
     def clip_factor(self) -> float:
         """What DeepSpeed, which clips in its step, has multiplied the gradients with."""
         if not self._optimizer.clip_grad:
             return 1.0
         return min(1.0, float(self._optimizer.clip_grad / (self._optimizer._global_grad_norm + 1e-6)))
-
-
-@torch.no_grad()
-def sum_positions(
-    tensor: torch.Tensor, dim: int, function: Callable[..., torch.Tensor], *, gradient: bool
-) -> torch.Tensor:
-    """Sum a function of weight and gradient over all dimensions but one, in the part that this rank owns.
-
-    Args:
-        tensor: A parameter or buffer of the model.
-        dim: The dimension that remains.
-        function: Elementwise, of the fp32 weight, or of it and the gradient (not clipped, times the loss scale).
-        gradient: Whether the function takes the gradient, which is there only inside `call_before_step`.
-
-    Returns:
-        float32 tensor of shape `[size of dim]` on the model's device; zeros without a gradient.
-    """
-    shape = whole_shape(tensor)
-    stride, size = shape[dim + 1 :].numel(), shape[dim]
-    start, length = _own_range(tensor)
-    if not length or (gradient and not tensor.requires_grad):
-        return torch.zeros(size, device=tensor.device)
-    weight = _own_weight(tensor)[:length]
-    values = function(weight, _own_gradient(tensor)[:length]) if gradient else function(weight)
-    rows = _pad(values.float(), start, stride).view(-1, stride).sum(1)
-    return _pad(rows, start // stride, size).view(-1, size).sum(0).to(tensor.device)
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -200,6 +152,33 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
             if distributed.get_rank() == 0:
                 state[name] = copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
     return state
+
+
+@torch.no_grad()
+def _sum_own(tensor: torch.Tensor, dim: int, function: Callable[..., torch.Tensor], *, gradient: bool) -> torch.Tensor:
+    """The sums over the part that this rank owns; gradients are those of the loss times the loss scale."""
+    shape = whole_shape(tensor)
+    stride, size = shape[dim + 1 :].numel(), shape[dim]
+    start, length = _own_range(tensor)
+    if not length or (gradient and not tensor.requires_grad):
+        return torch.zeros(size, device=tensor.device)
+    weight = _own_weight(tensor)[:length]
+    values = function(weight, _own_gradient(tensor)[:length]) if gradient else function(weight)
+    rows = _pad(values.float(), start, stride).view(-1, stride).sum(1)
+    return _pad(rows, start // stride, size).view(-1, size).sum(0).to(tensor.device)
+
+
+def _refuse(optimizer: Any) -> None:
+    """Refuse ways to use DeepSpeed that hide gradients or weights."""
+    kind = type(optimizer).__name__
+    if kind not in _SUPPORTED:
+        raise RuntimeError(
+            f"DeepSpeed's optimizer is {kind}, which cannot be slimmed; set the ZeRO stage to 1, 2 or 3."
+        )
+    if distributed.get_world_size(optimizer.dp_process_group) != distributed.get_world_size():
+        raise RuntimeError("DeepSpeed splits the model by tensor or pipeline parallelism; slimming needs ZeRO alone.")
+    if getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise RuntimeError('DeepSpeed keeps parameters on NVMe; set offload_param.device to "cpu" or "none" to slim.')
 
 
 def _own_range(tensor: Any) -> tuple[int, int]:

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 
 from .deepspeed_zero import is_partitioned, whole_state_dict
-from .sharded_tensors import is_sharded
+from .sharded_tensors import has_shards
 
 Result = TypeVar("Result")
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether each process holds only a part of a model."""
-    return any(is_sharded(tensor) or is_partitioned(tensor) for tensor in model.parameters())
+    return has_shards(model) or any(map(is_partitioned, model.parameters()))
 
 
 def is_first_process() -> bool:
@@ -47,7 +47,7 @@ def gather_weights(model: nn.Module) -> dict[str, Any]:
         )
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    if any(is_partitioned(tensor) for tensor in model.parameters()):
+    if any(map(is_partitioned, model.parameters())):
         return whole_state_dict(model)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 

@@ -43,9 +43,7 @@ def read_tensor(model: nn.Module, name: str) -> torch.Tensor:
     tensor = get_tensor(model, name)
     if not tensor.is_meta:
         return tensor
-    kept = _find_kept(model, name)
-    if kept is None:
-        raise ValueError(f"{name} is on the meta device, where tensors have no values: load the model whole.")
+    kept = _require_kept(model, name)
     return kept.weights[kept.key]
 
 
@@ -110,10 +108,7 @@ def check_values(model: nn.Module, names: Iterable[str]) -> None:
     """
     for name in names:
         if get_tensor(model, name).is_meta:
-            kept = _find_kept(model, name)
-            if kept is None:
-                raise ValueError(f"{name} is on the meta device, where tensors have no values: load the model whole.")
-            _refuse_unchangeable(model, name, kept)
+            _refuse_unchangeable(model, name, _require_kept(model, name))
 
 
 def is_dispatched(model: nn.Module) -> bool:
@@ -220,6 +215,13 @@ def _find_kept(model: nn.Module, name: str) -> _Kept | None:
                 if found is not None:
                     return found
     return None
+
+
+def _require_kept(model: nn.Module, name: str) -> _Kept:
+    kept = _find_kept(model, name)
+    if kept is None:
+        raise ValueError(f"{name} is on the meta device, where tensors have no values: load the model whole.")
+    return kept
 
 
 def _look_up(weights: Any, key: str) -> _Kept | None:

@@ -14,19 +14,21 @@ from .whole_tensors import Place, WholeTensors
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether each process holds only a part of a tensor.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        True for a DTensor.
-    """
+    """Whether a tensor is a DTensor, of which each process may hold only a part."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether a model's parameters are sharded, also while FSDP2 has put some together for a forward pass."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(is_sharded, model.parameters()))
 
 
 class ShardedTensors(WholeTensors):

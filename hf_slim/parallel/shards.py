@@ -6,23 +6,23 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 
-from .deepspeed_zero import ZeroPartitions, find_zero_optimizer
-from .sharded_tensors import ShardedTensors, is_sharded
+from .deepspeed_zero import ZeroPartitions
+from .sharded_tensors import ShardedTensors, has_shards
 from .whole_tensors import Place, WholeTensors, Zeros
 
 
 class Shards(Protocol):
-    """What scoring and zeroing ask of the weights, whatever part of them a process holds.
+    """What scoring and zeroing ask of weights and gradients, whatever part of them a process holds.
 
-    Every process has to call `sum_products` and `find_nonzero`, with the same places in the same order. They send one
-    message in all, of sums: no process gathers a tensor.
+    Every process has to ask for sums, for what is not zero and for what has returned, for the same places in the same
+    order. Only sums are sent: no process gathers a tensor, so that units can be scored at every step.
     """
 
-    @property
-    def scores_before_step(self) -> bool:
-        """Whether gradients are there only in `call_before_step`, and not in `on_pre_optimizer_step`."""
+    scores_before_step: bool
+    """Whether gradients are there in `call_before_step`, and not any more in `on_pre_optimizer_step`."""
 
     def sum_products(
         self, model: nn.Module, places: Iterable[Place], function: Callable[..., torch.Tensor], *, gradient: bool
@@ -32,80 +32,54 @@ class Shards(Protocol):
         Args:
             model: The model.
             places: Dotted names of tensors, and their dimensions.
-            function: Elementwise, of the weight, or of it and the gradient, in float32 or summed up in it.
-            gradient: Whether the function takes the gradient, as it is before the optimizer step.
+            function: Elementwise, of the weight, or of it and the gradient (without a loss scale).
+            gradient: Whether the function takes the gradient.
 
         Returns:
-            For each place a float32 tensor of shape `[size of dim]`; zeros where the gradient is missing.
+            For each place a float32 tensor of shape `[size of dim]`; zeros where there is no gradient.
         """
 
     def find_nonzero(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, torch.Tensor]:
-        """Find the positions at which whole tensors are not all zero.
-
-        Args:
-            model: The model; its weights may be kept elsewhere by accelerate.
-            places: Dotted names of tensors, and their dimensions.
-
-        Returns:
-            For each place a boolean tensor of shape `[size of dim]` on the CPU.
-        """
+        """Find where whole tensors are not all zero: boolean tensors of shape `[size of dim]` on the CPU."""
 
     def find_own(self, tensor: torch.Tensor, dim: int, where: torch.Tensor) -> torch.Tensor:
-        """Find which positions `write_zeros` writes in this process, to be worked out once for many steps.
-
-        Args:
-            tensor: A tensor of the model.
-            dim: The dimension.
-            where: Positions in the whole tensor, int64 on the CPU.
-
-        Returns:
-            The positions as `write_zeros` takes them.
-        """
+        """Of positions in a whole tensor those that this process holds, as `write_zeros` takes them."""
 
     def write_zeros(self, tensor: torch.Tensor, dim: int, where: torch.Tensor) -> None:
-        """Write zeros into this process's part of a tensor and of its master copy, if it has one.
+        """Write zeros into this process's part of a tensor, and of its master copy if it has one.
 
         Args:
             tensor: A tensor of the model, or one of its shape that an optimizer keeps for it; changed in place.
-            dim: The dimension.
-            where: From `find_own`.
+            dim: The dimension along which the positions lie.
+            where: From `find_own`, which may be asked once for many steps.
         """
 
     def find_returned(self, model: nn.Module, zeros: Zeros) -> list[bool]:
-        """Say which zeros have been written over; of a tensor that is sharded, as far as this process holds it.
-
-        Args:
-            model: The model, or a copy of it.
-            zeros: What was written.
-
-        Returns:
-            For each of the zeros whether any is something else now.
-        """
+        """For each of the zeros whether any has been written over, as far as this process holds them."""
 
     def find_restless(self, model: nn.Module, zeros: Zeros) -> list[bool]:
-        """Say which zeros have to be written again after every optimizer step.
+        """For each of the zeros whether any has to be written again after every optimizer step.
 
         Args:
-            model: The model, after the first step since they were written, with its gradients.
+            model: The model, after the first step since they were written, with the gradients of that step.
             zeros: What was written.
 
         Returns:
-            For each of the zeros whether the step has moved any or a later one may.
+            True for what the step has moved and what a later one may move.
         """
 
-    def call_before_step(self, function: Callable[[float], None]) -> Callable[[], None]:
-        """Have a function called when the gradients of an optimizer step are reduced and not yet used.
+    def call_before_step(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Have a function called where `scores_before_step`: when gradients are reduced and not yet used.
 
         Args:
-            function: Called in every process before each optimizer step, also one that an overflow skips, with the
-                loss scale, by which gradients are too large; only where `scores_before_step`.
+            function: Called in every process before each optimizer step, also one that an overflow skips.
 
         Returns:
             A function that undoes this.
         """
 
     def clip_factor(self) -> float:
-        """What gradients were multiplied with by clipping after they were scored; known after the optimizer step."""
+        """What clipping multiplied the gradients with after they were scored; known after the optimizer step."""
 
 
 def find_shards(model: nn.Module, optimizer: Any = None) -> Shards:
@@ -119,9 +93,8 @@ def find_shards(model: nn.Module, optimizer: Any = None) -> Shards:
         Those of one process (or of several with a copy each), of FSDP2, or of DeepSpeed ZeRO.
 
     Raises:
-        RuntimeError: If DeepSpeed is in use in a way that hides gradients or weights.
+        RuntimeError: If DeepSpeed hides them.
     """
-    zero_optimizer = find_zero_optimizer(optimizer)
-    if zero_optimizer is not None:
-        return ZeroPartitions(zero_optimizer)
-    return ShardedTensors() if any(map(is_sharded, model.parameters())) else WholeTensors()
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return ZeroPartitions(optimizer.optimizer)
+    return ShardedTensors() if has_shards(model) else WholeTensors()

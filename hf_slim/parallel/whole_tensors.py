@@ -77,7 +77,7 @@ class WholeTensors:
             flags.append(flag)
         return _tell(flags)
 
-    def call_before_step(self, function: Callable[[float], None]) -> Callable[[], None]:
+    def call_before_step(self, function: Callable[[], None]) -> Callable[[], None]:
         """Nothing: units are scored in `on_pre_optimizer_step`."""
         return lambda: None
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..arguments import CriterionName
-from ..parallel import Shards, find_shards, whole_shape
+from ..parallel import Shards, whole_shape
 from ..structures import Member, Structure, get_tensor
 
 SMOOTHING = 0.9
@@ -48,20 +48,6 @@ def score_structures(
             sizes = [_weights_per_unit(model, m) for m in members]
             scores[name] = torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).mean(0)
     return scores
-
-
-def score_units(model: nn.Module, structure: Structure, criterion: CriterionName) -> torch.Tensor:
-    """Score the units of one structure; see `score_structures`.
-
-    Args:
-        model: The model that the structure was found in, with gradients except for `magnitude`.
-        structure: One of its structures.
-        criterion: `magnitude`, `snip_momentum` or `taylor`.
-
-    Returns:
-        float32 tensor of shape `[units]`; larger is more important.
-    """
-    return score_structures(model, [structure], criterion, find_shards(model))[structure.name]
 
 
 def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,8 @@ class MaskedUnits:
         self.shape = shape
         self._shards = shards
         self._slices: Slices = {}
-        self._restless: Zeros = []
-        self._unseen: Zeros = []
+        self._restless: set[Place] = set()  # what is written after every step
+        self._is_seen = False  # whether a step has shown what else is
         self._zeros: dict[str, Zeros] = {}  # for each structure's name
         self._returned: set[Place] = set()  # what something else has written over
 
@@ -54,22 +54,19 @@ class MaskedUnits:
         zeros = [z for found in self._zeros.values() for z in found]
         self._slices, problems = find_state_slices(optimizer, model, [(name, dim) for name, dim, _ in zeros])
         self._write(model, zeros, optimizer)
-        moving = self._returned | problems.keys()
-        self._restless = [z for z in zeros if z[:2] in moving]
-        self._unseen = [z for z in zeros if z[:2] not in moving]
+        self._restless, self._is_seen = self._returned | problems.keys(), False
         return self
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
         """Write what moves again; see `Units`."""
-        if self._unseen:
-            told = self._shards.find_restless(model, self._unseen)
-            self._restless = [
-                *self._restless,
-                *(z for z, restless in zip(self._unseen, told, strict=True) if restless),
-            ]
-            self._unseen = []
-        self._write(model, self._restless, optimizer)
+        zeros = [z for found in self._zeros.values() for z in found]
+        if not self._is_seen:
+            unseen = [z for z in zeros if z[:2] not in self._restless]
+            told = self._shards.find_restless(model, unseen)
+            self._restless |= {z[:2] for z, is_restless in zip(unseen, told, strict=True) if is_restless}
+            self._is_seen = True
+        self._write(model, [z for z in zeros if z[:2] in self._restless], optimizer)
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: Any = None) -> list[str]:
@@ -79,10 +76,7 @@ class MaskedUnits:
         returned = [place for place, is_back in zip(places, told, strict=True) if is_back]
         self._write(model, [z for _, z in returned], optimizer)
         self._returned |= {z[:2] for _, z in returned}
-        self._restless = [*self._restless, *(z for z in self._unseen if z[:2] in self._returned)]
-        self._unseen = [z for z in self._unseen if z[:2] not in self._returned]
-        known = {z[:2] for z in (*self._restless, *self._unseen)}
-        self._restless = [*self._restless, *(z for _, z in returned if z[:2] not in known)]
+        self._restless |= self._returned
         return list(dict.fromkeys(name for name, _ in returned))
 
     def _write(self, model: nn.Module, zeros: Zeros, optimizer: Any) -> None:

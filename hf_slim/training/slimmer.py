@@ -96,9 +96,7 @@ class Slimmer:
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer, Step())
-        self._undo: Callable[[], None] = lambda: None
-        if self._shards.scores_before_step:
-            self._undo = self._shards.call_before_step(lambda scale: self._score_scaled(model, scale))
+        self._undo = self._shards.call_before_step(lambda: self._score(model))
 
     def close(self) -> None:
         """Leave the optimizer and the model's hooks as they were."""
@@ -246,11 +244,6 @@ class Slimmer:
             if target.criterion != "magnitude" and events < len(target.schedule.steps):
                 scored.setdefault(target.criterion, []).extend(self._current(target.structures))
         self.scores.take(model, scored, step)
-
-    def _score_scaled(self, model: nn.Module, scale: float) -> None:
-        """Score right before DeepSpeed's step, from gradients that are still multiplied by the loss scale."""
-        self._score(model)
-        self.scores.unscale(scale)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         check_fit(saved, self.plan)

@@ -53,10 +53,6 @@ class Scores:
                 _require_gradients(model, structures, step)
             self._pending.update(score_structures(model, structures, criterion, self._shards))
 
-    def unscale(self, scale: float) -> None:
-        """Divide the scores of this step by the loss scale that its gradients are multiplied by."""
-        self._pending = {name: scores / scale for name, scores in self._pending.items()}
-
     def check(self, step: int) -> None:
         """Refuse scores of this step that are not finite; only on the CPU, since a device would have to be waited for.
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_slim.parallel.deepspeed_zero import ZeroPartitions, find_zero_optimizer, sum_positions
+from hf_slim.parallel import deepspeed_zero
+from hf_slim.parallel.deepspeed_zero import ZeroPartitions, _sum_own
 
 TESTS = Path(__file__).parents[1]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
@@ -78,6 +79,7 @@ def test_two_ranks_score_and_zero_like_one_process(tmp_path, plain, stage, more)
         torch.testing.assert_close(seen["state"][name], weight, rtol=0, atol=1e-4)
         torch.testing.assert_close(seen["saved"][name], seen["state"][name], rtol=0, atol=0)
     assert len(seen["zeros"]) == 20
+    assert seen["found"] == [[False] * 20, [True] + [False] * 19]
     assert all((seen["saved"][name].index_select(dim, where) == 0).all() for name, dim, where in seen["zeros"])
     whole = [
         seen["state"][name].abs().sum([d for d in range(seen["state"][name].dim()) if d != dim])
@@ -105,13 +107,13 @@ def test_parts_add_up_to_the_whole_wherever_they_are_cut(dim, cuts):
     whole, gradient = torch.randn(2, 2, 3, 5, generator=generator)
     parts = [make_part(whole, gradient, a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
     others = [d for d in range(3) if d != dim]
-    found = sum(sum_positions(part, dim, torch.mul, gradient=True) for part in parts)
+    found = sum(_sum_own(part, dim, torch.mul, gradient=True) for part in parts)
     torch.testing.assert_close(found, (whole * gradient).sum(others))
-    found = sum(sum_positions(part, dim, torch.abs, gradient=False) for part in parts)
+    found = sum(_sum_own(part, dim, torch.abs, gradient=False) for part in parts)
     torch.testing.assert_close(found, whole.abs().sum(others))
     where = torch.tensor([1])
     for part in parts:
-        ZeroPartitions(None).write_zeros(part, dim, where)
+        ZeroPartitions.write_zeros(None, part, dim, where)
         torch.testing.assert_close(part.data, whole.index_fill(dim, where, 0), rtol=0, atol=0)
     masters = torch.cat([part._hp_mapping.hp_fragment for part in parts])
     torch.testing.assert_close(masters.view(2, 3, 5), whole.index_fill(dim, where, 0), rtol=0, atol=0)
@@ -120,10 +122,22 @@ def test_parts_add_up_to_the_whole_wherever_they_are_cut(dim, cuts):
 def test_a_rank_that_owns_nothing_adds_nothing():
     part = make_part(torch.ones(2, 3), torch.ones(2, 3), 0, 6)
     part._hp_mapping = None
-    assert sum_positions(part, 1, torch.mul, gradient=True).tolist() == [0, 0, 0]
-    ZeroPartitions(None).write_zeros(part, 1, torch.tensor([2]))
+    assert _sum_own(part, 1, torch.mul, gradient=True).tolist() == [0, 0, 0]
+    ZeroPartitions.write_zeros(None, part, 1, torch.tensor([2]))
     assert part.tolist() == [[1, 1, 0], [1, 1, 0]]
 
 
-def test_an_optimizer_without_deepspeed_is_not_a_zero_optimizer():
-    assert find_zero_optimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))])) is None
+def test_scores_are_those_without_the_loss_scale(monkeypatch):
+    monkeypatch.setattr(deepspeed_zero.distributed, "all_reduce", lambda total, group: None)
+    model, shards = nn.Module(), ZeroPartitions.__new__(ZeroPartitions)
+    model.weight = make_part(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[8.0, 8.0], [0.0, 4.0]]), 0, 4)
+    shards._optimizer = SimpleNamespace(dp_process_group=None, loss_scale=8.0)
+    places = [("weight", 0), ("weight", 1)]
+    sums = shards.sum_products(model, places, torch.mul, gradient=True)
+    assert [sums[place].tolist() for place in places] == [[-1, 2], [1, 0]]
+    sums = shards.sum_products(model, places, torch.abs, gradient=False)
+    assert [sums[place].tolist() for place in places] == [[3, 7], [4, 6]]
+    zeros = [("weight", 1, torch.tensor([0])), ("weight", 0, torch.tensor([1]))]
+    assert shards.find_returned(model, zeros) == [True, True]
+    shards.write_zeros(model.weight, 1, torch.tensor([0]))
+    assert shards.find_returned(model, zeros) == [False, True]

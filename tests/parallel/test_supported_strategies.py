@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import build
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,14 +12,6 @@ from transformers.distributed import DistributedConfig
 
 from hf_slim import save_slimmed
 from hf_slim.parallel.supported_strategies import refuse_strategy
-
-
-@pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

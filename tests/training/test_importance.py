@@ -4,8 +4,13 @@ import pytest
 import torch
 from conftest import build, make_batch
 
+from hf_slim.parallel.shards import find_shards
 from hf_slim.structures.discovery import find_structures
-from hf_slim.training.importance import score_units, smooth_scores
+from hf_slim.training.importance import score_structures, smooth_scores
+
+
+def score_units(model, structure, criterion):
+    return score_structures(model, [structure], criterion, find_shards(model))[structure.name]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -322,13 +321,4 @@ def relative(structure: Structure, path: str) -> Structure:
     Returns:
         The structure with names below the module.
     """
-    if not path:
-        return structure
-    begin = len(path) + 1
-    return replace(
-        structure,
-        name=structure.name[begin:],
-        members=tuple(replace(m, tensor=m.tensor[begin:]) for m in structure.members),
-        counts=tuple(replace(c, module=c.module[begin:]) for c in structure.counts),
-        reshaping=tuple(name[begin:] for name in structure.reshaping),
-    )
+    return structure.rename(lambda name: name[len(path) + 1 :]) if path else structure

@@ -141,6 +141,12 @@ def blind_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_slim.structures.discovery.find_strange", lambda model, path, structure: None)
 
 
+@pytest.fixture
+def own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts that a test registers are forgotten after it."""
+    monkeypatch.setattr("hf_slim.structures.projection_layouts._registered", [])
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     """Every family in turn."""

@@ -5,9 +5,10 @@ What the table does not settle, since code is not of transformers, `custom_code`
 """
 
 from .discovery import exclude_structures, find_structures, require_structures
+from .layout import FfnLayout, Fused, MhaLayout
 from .linear_layers import BASE, find_tensor, join
 from .peft_adapters import REMEDY, has_adapters, merge_adapters
-from .projection_layouts import CONFIG_CHANNELS, CONFIG_HEADS
+from .projection_layouts import CONFIG_CHANNELS, CONFIG_HEADS, register_layout
 from .structure import (
     Discovery,
     Kind,
@@ -27,9 +28,12 @@ __all__ = [
     "CONFIG_CHANNELS",
     "CONFIG_HEADS",
     "Discovery",
+    "FfnLayout",
+    "Fused",
     "Kind",
     "Masks",
     "Member",
+    "MhaLayout",
     "REMEDY",
     "Skipped",
     "Structure",
@@ -42,6 +46,7 @@ __all__ = [
     "has_adapters",
     "join",
     "merge_adapters",
+    "register_layout",
     "require_structures",
     "set_count",
     "total_units",

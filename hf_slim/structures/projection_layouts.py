@@ -295,6 +295,7 @@ def register_layout(layout: FfnLayout | MhaLayout) -> None:
     Raises:
         ValueError: If it is no layout, or is known already.
     """
+    paths: dict[str, tuple[str | Fused, ...]]
     if isinstance(layout, FfnLayout):
         paths = {"first": layout.first}
     elif isinstance(layout, MhaLayout):

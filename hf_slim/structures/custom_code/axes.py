@@ -128,11 +128,9 @@ def swap(value: Units, one: int, other: int) -> Units:
 
 def insert(value: Units, dim: int) -> Units:
     """A dimension of size one more."""
-    if dim >= 0 and value.rank is None:
-        value.at(dim)
-    place = dim if dim < 0 else dim - (value.rank or 0) - 1
+    place = dim if dim < 0 else value.at(dim) - 1
     rank = None if value.rank is None else value.rank + 1
-    return replace(value, axis=value.axis - (place > value.axis), rank=rank)
+    return replace(value, axis=value.axis - (place >= value.axis), rank=rank)
 
 
 def multiply(left: Any, right: Any) -> Any:

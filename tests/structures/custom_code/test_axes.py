@@ -34,6 +34,8 @@ ALL = slice(None)
         (lambda: axes.glu(Units(-1, 3, 2)), LAST),
         (lambda: axes.take(LAST, [ALL, Plain(0)]), Units(-1, 2)),
         (lambda: axes.take(LAST, [Ellipsis, None]), Units(-2, 4)),
+        (lambda: axes.take(Units(-1), [Ellipsis, None]), Units(-2)),
+        (lambda: axes.take(Units(-2), [Ellipsis, Plain(0)]), Units(-1)),
         (lambda: axes.take(SECOND, [Ellipsis, slice(0, 1, False)]), SECOND),
     ],
 )

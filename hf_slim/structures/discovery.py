@@ -152,7 +152,9 @@ def _read_modules(model: nn.Module) -> Discovery:
         if children:
             found += _read_attention(model, path, module, [row for row in mha if row.roots & children])
             found += _read_networks(model, path, module, [row for row in ffn if row.roots & children])
-    return Discovery.of(found)
+    # A row for a module and one for the module around it may describe the same layers: the outer one is taken.
+    outer = {part.outputs[0].tensor: part for part in reversed(found) if isinstance(part, Structure)}
+    return Discovery.of(part for part in found if isinstance(part, Skipped) or part is outer[part.outputs[0].tensor])
 
 
 def _read_attention(

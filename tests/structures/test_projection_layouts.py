@@ -54,6 +54,23 @@ def test_a_strangers_module_is_tried_whoever_named_its_layers(own_layouts):
     assert found.skipped[0].reason.startswith("what it computes with 3 of 6 units is not what it computes with the")
 
 
+class Around(nn.Module):
+    """A module whose row is built in, around the one of a registered row."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x):
+        return self.ffn(x)
+
+
+def test_layers_are_read_once(own_layouts):
+    register_layout(FfnLayout(("0",), "2"))
+    found = find_structures(nn.Sequential(Around()))
+    assert [(s.name, len(s.members)) for s in found.structures] == [("0.ffn.2", 3)] and found.skipped == ()
+
+
 def test_a_registered_attention_layout_is_found(own_layouts):
     model = build("llama")
     for layer in model.model.layers:

@@ -10,12 +10,25 @@ if TYPE_CHECKING:
     from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
     from .compaction import model_slim
     from .saving import SlimReport, save_slimmed
-    from .structures import Discovery, Member, Skipped, Structure, find_structures
+    from .structures import (
+        Discovery,
+        FfnLayout,
+        Fused,
+        Member,
+        MhaLayout,
+        Skipped,
+        Structure,
+        find_structures,
+        register_layout,
+    )
     from .training import SlimTrainerCallback, parse_auto_slim_config
 
 __all__ = [
     "Discovery",
+    "FfnLayout",
+    "Fused",
     "Member",
+    "MhaLayout",
     "Skipped",
     "SlimArgumentsMixin",
     "SlimConfig",
@@ -27,13 +40,24 @@ __all__ = [
     "find_structures",
     "model_slim",
     "parse_auto_slim_config",
+    "register_layout",
     "save_slimmed",
 ]
 
 # Where the public names are. Each room is imported with the first use of one of its names: it brings PyTorch along.
 _MODULES = {
     "arguments": ("SlimArgumentsMixin", "SlimConfig", "SlimSeq2SeqTrainingArguments", "SlimTrainingArguments"),
-    "structures": ("Discovery", "Member", "Skipped", "Structure", "find_structures"),
+    "structures": (
+        "Discovery",
+        "FfnLayout",
+        "Fused",
+        "Member",
+        "MhaLayout",
+        "Skipped",
+        "Structure",
+        "find_structures",
+        "register_layout",
+    ),
     "compaction": ("model_slim",),
     "training": ("SlimTrainerCallback", "parse_auto_slim_config"),
     "saving": ("SlimReport", "save_slimmed"),

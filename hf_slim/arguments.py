@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -19,6 +20,13 @@ ScopeName = Literal["global", "local"]
 LiveChoice = Literal["auto", True, False]
 
 _SPARSITIES = ("ffn2_sparsity", "mha_sparsity")
+_TIMES = ("slim_start", "slim_end", "slim_frequency")
+_CHOICES = {
+    "slim_schedule": ScheduleName,
+    "slim_criterion": CriterionName,
+    "slim_scope": ScopeName,
+    "slim_live": LiveChoice,
+}
 _WILDCARD = re.compile(r"[*?]|\[.+\]")
 """What makes a name a shell-style pattern."""
 
@@ -94,7 +102,7 @@ class SlimArgumentsMixin:
 
     def __post_init__(self) -> None:
         """Check the ranges, then hand over to the other base's checks."""
-        _check_fields(self)
+        check_settings(self)
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
@@ -238,53 +246,62 @@ def _quote(values: Any, names: Iterable[str]) -> str:
     return ", ".join(f"{name}={getattr(values, name)!r}" for name in names)
 
 
-def _check_fields(values: SlimArgumentsMixin) -> None:
-    for name in _SPARSITIES:
-        _check_number(values, name)
-        if not 0 <= getattr(values, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(values, name)}: it is the fraction to remove.")
-        setattr(values, name, float(getattr(values, name)))  # a hyperparameter search keeps the type
-    for name in ("slim_start", "slim_end", "slim_frequency"):
-        value = _check_number(values, name)
-        if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
-            raise ValueError(
-                f"{name} must be a step (a whole number from 1) or a fraction of training (in [0, 1)), got {value}."
-            )
-        if name == "slim_end" and value == 1 and isinstance(value, float):
-            raise ValueError(
-                "slim_end=1.0 is ambiguous: write the step 1 as a whole number. To prune until late, leave "
-                "some of it for recovery, as with slim_end=0.9."
-            )
-        if value >= 1:
-            setattr(values, name, int(value))
-    if values.slim_frequency == 0:
-        raise ValueError("slim_frequency must be above 0, got 0: it is the distance between two pruning steps.")
-    if (values.slim_start < 1) == (values.slim_end < 1) and values.slim_start > values.slim_end:
-        raise ValueError(
-            f"slim_start must not be after slim_end, got slim_start={values.slim_start}, slim_end={values.slim_end}."
-        )
-    for name, kind in (
-        ("slim_schedule", ScheduleName),
-        ("slim_criterion", CriterionName),
-        ("slim_scope", ScopeName),
-        ("slim_live", LiveChoice),
-    ):
-        value = getattr(values, name)
+def check_settings(values: Any, called: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuse values of the slimming fields that are out of range; whole numbers and lists of patterns are made such.
+
+    Args:
+        values: What has the slimming fields; changed in place.
+        called: What messages call a field, where that is not its name.
+
+    Raises:
+        ValueError: If a value is out of range; the message quotes it.
+    """
+    names = {f.name: called.get(f.name, f.name) for f in fields(SlimArgumentsMixin)}
+    for key in _SPARSITIES:
+        value = _check_number(values, key, names)
+        if not 0 <= value < 1:
+            raise ValueError(f"{names[key]} must be in [0, 1), got {value}: it is the fraction to remove.")
+        setattr(values, key, float(value))  # a hyperparameter search keeps the type
+    _check_times(values, names)
+    for key, kind in _CHOICES.items():
+        value = getattr(values, key)
         if not any(value is choice or (value == choice and isinstance(value, str)) for choice in get_args(kind)):
             choices = ", ".join(map(str, get_args(kind)))
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    for name in ("slim_round_to", "slim_min_heads"):
-        check_whole(name, getattr(values, name))
+            raise ValueError(f"{names[key]} must be one of {choices}, got {value!r}.")
+    for key in ("slim_round_to", "slim_min_heads"):
+        check_whole(names[key], getattr(values, key))
     if isinstance(values.slim_exclude, str):
         values.slim_exclude = [values.slim_exclude]
     if values.slim_exclude is not None:
         values.slim_exclude = _check_patterns(values.slim_exclude)
 
 
-def _check_number(values: SlimArgumentsMixin, name: str) -> float:
-    value = getattr(values, name)
+def _check_times(values: Any, names: Mapping[str, str]) -> None:
+    start, end, frequency = (names[key] for key in _TIMES)
+    for key in _TIMES:
+        value = _check_number(values, key, names)
+        if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
+            raise ValueError(
+                f"{names[key]} must be a step (a whole number from 1) or a fraction of training (in [0, 1)), "
+                f"got {value}."
+            )
+        if key == "slim_end" and value == 1 and isinstance(value, float):
+            raise ValueError(
+                f"{end}=1.0 is ambiguous: write the step 1 as a whole number. To prune until late, leave "
+                f"some of it for recovery, as with {end}=0.9."
+            )
+        if value >= 1:
+            setattr(values, key, int(value))
+    if values.slim_frequency == 0:
+        raise ValueError(f"{frequency} must be above 0, got 0: it is the distance between two pruning steps.")
+    if (values.slim_start < 1) == (values.slim_end < 1) and values.slim_start > values.slim_end:
+        raise ValueError(f"{start} must not be after {end}, got {start}={values.slim_start}, {end}={values.slim_end}.")
+
+
+def _check_number(values: Any, key: str, names: Mapping[str, str]) -> float:
+    value = getattr(values, key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}: give a Python int or float.")
+        raise ValueError(f"{names[key]} must be a number, got {value!r}: give a Python int or float.")
     return value
 
 

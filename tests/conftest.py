@@ -151,6 +151,12 @@ def group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts that a test registers are forgotten after it."""
+    monkeypatch.setattr("hf_slim.structures.projection_layouts._registered", [])
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     """Every family in turn."""

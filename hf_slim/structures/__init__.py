@@ -5,9 +5,10 @@ What the table does not settle, since code is not of transformers, `custom_code`
 """
 
 from .discovery import exclude_structures, find_structures, require_structures
+from .layout import FfnLayout, Fused, MhaLayout
 from .linear_layers import BASE, find_tensor, join
 from .peft_adapters import REMEDY, has_adapters, merge_adapters
-from .projection_layouts import CONFIG_CHANNELS, CONFIG_HEADS
+from .projection_layouts import CONFIG_CHANNELS, CONFIG_HEADS, register_layout
 from .structure import (
     Discovery,
     Kind,

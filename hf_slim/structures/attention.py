@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..modeling_hf_slim import can_infer, written_class
+from .layout import Fused, MhaLayout
 from .linear_layers import Layer, find_child, find_layer, find_tensor, join, tensors_outside
 from .projection_layouts import (
     FIXED,
@@ -21,12 +22,10 @@ from .projection_layouts import (
     HEAD_WIDTHS,
     KEY_VALUE_HEAD_COUNTS,
     QUERY_HEAD_COUNTS,
-    Fused,
-    MhaLayout,
 )
 from .rms_norms import find_epsilon, fold_norm
 from .source_code import Reads, find_reads
-from .structure import Count, Member, Structure, UnaccountedError, blocks, spread
+from .structure import Count, Explained, Member, Structure, UnaccountedError, blocks, spread
 from .unit_counts import get_field
 
 _ABOUT_HEADS = re.compile("head|embed|hidden|inner|dim|kv|width|d_model|channels")
@@ -57,14 +56,14 @@ class _Heads:
         """Whether all query heads share one key-value head, so that query heads are the units."""
         return self.keys < self.units
 
+    def share(self, positions: int) -> torch.LongTensor:
+        """The index of positions of which every unit owns an equal range in each part."""
+        return spread(self.units, positions, self.copies)
+
 
 def matches_mha(module: nn.Module, layout: MhaLayout) -> bool:
     """Whether a module has the children (and the attribute) of a layout."""
-    if layout.having is not None and not hasattr(module, layout.having):
-        return False
-    return _output_path(module, layout) is not None and all(
-        find_layer(module, _name(part)) is not None for part in layout.inputs
-    )
+    return (layout.having is None or hasattr(module, layout.having)) and bool(_find_layers(module, layout))
 
 
 def owner_of(layout: MhaLayout) -> str:
@@ -72,82 +71,54 @@ def owner_of(layout: MhaLayout) -> str:
     return _name(layout.inputs[0]).rpartition(".")[0]
 
 
-def read_mha(path: str, module: nn.Module, layout: MhaLayout) -> Structure:
+def read_mha(module: nn.Module, layout: MhaLayout) -> Structure:
     """Read the structure of an attention module.
 
     Args:
-        path: Dotted name of the module.
         module: The module.
         layout: A layout that it matches.
 
     Returns:
-        The structure, whose units are attention heads or key-value groups.
+        The structure, its names relative to the module; its units are attention heads or key-value groups.
 
     Raises:
         UnaccountedError: If something in the module is not explained by the layout.
     """
-    output_path = _output_path(module, layout)
-    assert output_path is not None
-    output = find_layer(module, output_path)
-    assert output is not None
-    if output_path in module._parameters:  # heads and their widths are dimensions of their own
-        output = replace(output, inputs=module.get_parameter(output_path).shape[1], input_dim=1)
-    owner_path = owner_of(layout)
-    owner = module.get_submodule(owner_path)
-    layers = {_name(part): find_layer(module, _name(part)) for part in layout.inputs}
-    copies = max(
-        output.groups,
-        *(part.copies for part in layout.inputs if isinstance(part, Fused)),
-        *(layer.groups for layer in layers.values() if layer is not None),
-        1,
-    )
-    if owner_path.partition(".")[0] in find_reads(type(module)).replaced:
-        raise UnaccountedError(f"its code replaces {owner_path} by a new module, which would have all heads again")
-    heads = _count_heads(module, owner, layout, output, copies)
-    members: list[Member] = []
-    counts: list[Count] = []
-    known = {output_path}
-    for number, part in enumerate(layout.inputs):
-        layer = layers[_name(part)]
-        assert layer is not None
-        known.add(_name(part))
-        for index in _positions(part, layer, heads, owns=not heads.shared or len(layout.inputs) < 3 or number == 0):
-            members += layer.members(path, index, "input")
-    positions = blocks(heads.units, output.inputs // copies // heads.units)
-    if output.groups == 1:
-        positions = spread(heads.units, output.inputs, copies)
-    members += output.members(path, positions, "output")
-    for prefix in dict.fromkeys(("", owner_path)):
-        members += _read_extras(path, prefix, module, heads, known)
-        members += _read_norms(path, prefix, module, heads, counts, known)
-        known |= {join(prefix, name) for name in FIXED}
-    paths = (output_path, *layers)
-    roots = tuple(f"{name.partition('.')[0]}." for name in paths) if all("." in name for name in paths) else ("",)
-    for name, tensor in tensors_outside(module, known):
-        if name.startswith(roots):
-            raise UnaccountedError(
-                f"{name} of shape {tuple(tensor.shape)} may depend on the {heads.units} heads, and no layout says how"
-            )
-    for prefix in dict.fromkeys(("", owner_path)):
-        counts += _read_attributes(join(path, prefix), module.get_submodule(prefix), heads, layout.widths)
+    owner = owner_of(layout)
+    if owner.partition(".")[0] in find_reads(type(module)).replaced:
+        raise UnaccountedError(f"its code replaces {owner} by a new module, which would have all heads again")
+    layers = _find_layers(module, layout)
+    heads = _count_heads(layout, layers, module.get_submodule(owner))
+    prefixes = tuple(dict.fromkeys(("", owner)))
+    found = [*_read_layers(layout, layers, heads)]
+    for prefix in prefixes:
+        found += _read_extras(module, prefix, heads, layers)
+    fixed = (join(prefix, name) for prefix in prefixes for name in FIXED)
+    _refuse_others(module, layers, {*fixed, *(name for part in found for name in part.names)}, heads)
+    counts = [count for part in found for count in part.counts]
+    for prefix in prefixes:
+        counts += _read_attributes(prefix, module.get_submodule(prefix), heads, layout.widths)
     if 1 < heads.keys < heads.queries:
-        counts.append(Count(join(path, owner_path), _GROUPS_LEFT, 1))
-    reshaping = tuple(
-        dict.fromkeys(
-            join(path, prefix)
-            for prefix in ("", owner_path)
-            if find_reads(type(module.get_submodule(prefix))).input_width is not None
-        )
-    )
-    return Structure(join(path, output_path), "mha", heads.units, tuple(members), tuple(counts), reshaping)
-
-
-def _output_path(module: nn.Module, layout: MhaLayout) -> str | None:
-    return next((name for name in layout.outputs if find_layer(module, name) is not None), None)
+        counts.append(Count(owner, _GROUPS_LEFT, 1))
+    members = tuple(member for part in found for member in part.members)
+    reshaping = tuple(p for p in prefixes if find_reads(type(module.get_submodule(p))).input_width is not None)
+    return Structure([*layers][-1], "mha", heads.units, members, tuple(counts), reshaping)
 
 
 def _name(part: str | Fused) -> str:
     return part.layer if isinstance(part, Fused) else part
+
+
+def _find_layers(module: nn.Module, layout: MhaLayout) -> dict[str, Layer]:
+    """The layers for query, key and value and, last, the output projection, by path; none if one is not there."""
+    output = next((name for name in layout.outputs if find_layer(module, name) is not None), "")
+    found = {name: find_layer(module, name) for name in (*map(_name, layout.inputs), output)}
+    layers = {name: layer for name, layer in found.items() if layer is not None}
+    if len(layers) < len(found):
+        return {}
+    if output in module._parameters:  # heads and their widths are dimensions of their own
+        layers[output] = replace(layers[output], inputs=module.get_parameter(output).shape[1], input_dim=1)
+    return layers
 
 
 def _attribute(owner: nn.Module, names: Iterable[str]) -> int | None:
@@ -158,9 +129,11 @@ def _attribute(owner: nn.Module, names: Iterable[str]) -> int | None:
     return None
 
 
-def _count_heads(module: nn.Module, owner: nn.Module, layout: MhaLayout, output: Layer, copies: int) -> _Heads:
+def _count_heads(layout: MhaLayout, layers: dict[str, Layer], owner: nn.Module) -> _Heads:
     """How many heads there are, by the attributes that tell it and the widths of the layers."""
-    width = output.inputs
+    fused = (part.copies for part in layout.inputs if isinstance(part, Fused))
+    copies = max(*fused, *(layer.groups for layer in layers.values()))
+    output, width = [(name, layer.inputs) for name, layer in layers.items()][-1]
     queries = _attribute(owner, QUERY_HEAD_COUNTS)
     size = _attribute(owner, HEAD_SIZES)
     if queries is None and size is None:
@@ -178,22 +151,31 @@ def _count_heads(module: nn.Module, owner: nn.Module, layout: MhaLayout, output:
     if keys is None:
         keys = queries
         if len(layout.inputs) == 3 and size is not None:
-            layer = find_layer(module, _name(layout.inputs[1]))
-            assert layer is not None
-            keys = min(queries, layer.outputs // size)
+            keys = min(queries, layers[_name(layout.inputs[1])].outputs // size)
     if not queries or not keys or width % queries or queries % keys or queries % copies:
         raise UnaccountedError(
-            f"{queries} query heads and {keys} key-value heads do not explain the {width} values that "
-            f"{_output_path(module, layout)} reads"
+            f"{queries} query heads and {keys} key-value heads do not explain the {width} values that {output} reads"
         )
     units = queries if keys == 1 and _GROUPS_LEFT not in owner.__dict__ else keys
     return _Heads(queries, keys, units // copies, copies, width)
 
 
+def _read_layers(layout: MhaLayout, layers: dict[str, Layer], heads: _Heads) -> Iterator[Explained]:
+    """The layers for query, key and value and the output projection."""
+    *inputs, output = layers.items()
+    for number, (part, (name, layer)) in enumerate(zip(layout.inputs, inputs, strict=True)):
+        owns = not heads.shared or len(inputs) < 3 or number == 0
+        found = (layer.members(index, "input") for index in _positions(part, layer, heads, owns=owns))
+        yield Explained((name,), [member for members in found for member in members])
+    name, layer = output
+    group = blocks(heads.units, layer.inputs // heads.copies // heads.units)
+    yield Explained((name,), layer.members(group if layer.groups > 1 else heads.share(layer.inputs), "output"))
+
+
 def _positions(part: str | Fused, layer: Layer, heads: _Heads, *, owns: bool) -> list[torch.LongTensor]:
     """Which outputs of a layer belong to each unit, by role; a shared key-value head belongs to none."""
     if isinstance(part, str):
-        return [spread(heads.units, layer.outputs, heads.copies)] if owns else []
+        return [heads.share(layer.outputs)] if owns else []
     counts = {"q": heads.queries, "k": heads.keys, "v": heads.keys}
     total = sum(counts[role] for role in part.parts)
     if layer.outputs % total:
@@ -214,49 +196,54 @@ def _positions(part: str | Fused, layer: Layer, heads: _Heads, *, owns: bool) ->
     return [torch.cat(ranges, dim=1) for ranges in found.values()]  # type: ignore[misc]
 
 
-def _read_extras(path: str, prefix: str, module: nn.Module, heads: _Heads, known: set[str]) -> Iterator[Member]:
-    """The layers and parameters beside query, key and value that belong to heads."""
-    for name in HEAD_LAYERS:
-        full = join(prefix, name)
-        layer = find_layer(module, full)
-        if layer is not None and full not in known:
-            known.add(full)
-            yield from layer.members(path, spread(heads.units, layer.outputs, heads.copies), "extra")
-    for name, dim in HEAD_TENSORS.items():
-        full = join(prefix, name)
-        tensor = find_tensor(module, full)
-        if tensor is not None and full not in known:
-            known.add(full)
-            yield Member(join(path, full), dim, spread(heads.units, tensor.shape[dim], heads.copies), "extra")
+def _read_extras(module: nn.Module, prefix: str, heads: _Heads, taken: Collection[str]) -> Iterator[Explained]:
+    """The layers, parameters and norms beside query, key and value that belong to heads."""
+    for name in (join(prefix, name) for name in HEAD_LAYERS):
+        layer = find_layer(module, name)
+        if layer is not None and name not in taken:
+            yield Explained((name,), layer.members(heads.share(layer.outputs), "extra"))
+    for leaf, dim in HEAD_TENSORS.items():
+        name = join(prefix, leaf)
+        tensor = find_tensor(module, name)
+        if tensor is not None:
+            yield Explained((name,), [Member(name, dim, heads.share(tensor.shape[dim]), "extra")])
+    for name in (join(prefix, name) for name in HEAD_NORMS):
+        norm = find_child(module, name)
+        if norm is not None and name not in taken and not norm._modules:
+            yield _read_norm(name, norm, heads)
 
 
-def _read_norms(
-    path: str, prefix: str, module: nn.Module, heads: _Heads, counts: list[Count], known: set[str]
-) -> Iterator[Member]:
-    """The norms over heads: one weight for all, which stays, one for each, or one norm over all heads together."""
-    for name in HEAD_NORMS:
-        full = join(prefix, name)
-        norm = find_child(module, full)
-        if norm is None or full in known or norm._modules:
-            continue
-        known.add(full)
-        for leaf, tensor in norm.named_parameters():
-            size = tensor.shape[0]
-            if tensor.dim() > 1:
-                if size not in (heads.queries, heads.keys):
-                    raise UnaccountedError(f"{full}.{leaf} of shape {tuple(tensor.shape)} is not for each head")
-                if size > 1:
-                    yield Member(join(path, full, leaf), 0, spread(heads.units, size, heads.copies), "extra")
-            elif heads.units > 1 and heads.size < size and size in (heads.width, heads.keys * heads.size):
-                epsilon = find_epsilon(norm)
-                if epsilon is None:
-                    raise UnaccountedError(
-                        f"{full} normalizes all heads together, and not as an RMS norm does: what it gives for the "
-                        "heads that are kept would change"
-                    )
-                member, count = fold_norm(join(path, full), norm, epsilon, heads.units)
-                counts.append(count)
-                yield member
+def _read_norm(name: str, norm: nn.Module, heads: _Heads) -> Explained:
+    """One weight for all heads, which stays, one for each, or one norm over all heads together."""
+    members, counts = [], []
+    for leaf, tensor in norm.named_parameters():
+        size = tensor.shape[0]
+        if tensor.dim() > 1:
+            if size not in (heads.queries, heads.keys):
+                raise UnaccountedError(f"{name}.{leaf} of shape {tuple(tensor.shape)} is not for each head")
+            if size > 1:
+                members.append(Member(join(name, leaf), 0, heads.share(size), "extra"))
+        elif heads.units > 1 and heads.size < size and size in (heads.width, heads.keys * heads.size):
+            epsilon = find_epsilon(norm)
+            if epsilon is None:
+                raise UnaccountedError(
+                    f"{name} normalizes all heads together, and not as an RMS norm does: what it gives for the "
+                    "heads that are kept would change"
+                )
+            member, count = fold_norm(name, norm, epsilon, heads.units)
+            members.append(member)
+            counts.append(count)
+    return Explained((name,), members, counts)
+
+
+def _refuse_others(module: nn.Module, layers: Collection[str], explained: Collection[str], heads: _Heads) -> None:
+    """Refuse tensors that nothing explains; beside layers that all lie deeper, those of other parts are others'."""
+    roots = tuple(f"{name.partition('.')[0]}." for name in layers) if all("." in name for name in layers) else ("",)
+    for name, tensor in tensors_outside(module, explained):
+        if name.startswith(roots):
+            raise UnaccountedError(
+                f"{name} of shape {tuple(tensor.shape)} may depend on the {heads.units} heads, and no layout says how"
+            )
 
 
 def _read_attributes(path: str, module: nn.Module, heads: _Heads, widths: tuple[str, ...]) -> Iterator[Count]:

@@ -7,7 +7,8 @@ import fnmatch
 import math
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel
 from .attention import matches_mha, owner_of, read_mha
 from .custom_code import find_strange
 from .feed_forward import matches_ffn, read_ffn
+from .layout import FfnLayout, MhaLayout
 from .linear_layers import find_child, find_layer, join
 from .peft_adapters import find_obstacle
-from .projection_layouts import CONFIG_HEADS, FFN_LAYOUTS, MHA_LAYOUTS, QUERY_HEAD_COUNTS, MhaLayout
+from .projection_layouts import CONFIG_HEADS, QUERY_HEAD_COUNTS, layouts_of
 from .shared_tables import join_blocks, join_by_tables, name_in_stack
 from .source_code import find_mentioned, find_reads
 from .structure import Discovery, Kind, Skipped, Structure, UnaccountedError, get_module, get_tensor
@@ -50,45 +52,12 @@ def find_structures(model: nn.Module) -> Discovery:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"A model (a torch.nn.Module) is needed, got {type(model).__name__}: load or build it first.")
-    structures: list[Structure] = []
-    skipped: list[Skipped] = []
-    joint: dict[str, list[Structure]] = {}
-    # With each layout the names of which a module has to have one to match it.
-    mha_layouts = [(layout, {name.partition(".")[0] for name in layout.outputs}) for layout in MHA_LAYOUTS]
-    ffn_layouts = [(layout, {layout.second.partition(".")[0]}) for layout in FFN_LAYOUTS]
-    known = frozenset(root for _, roots in (*mha_layouts, *ffn_layouts) for root in roots)
-    for path, module in model.named_modules():
-        children = known.intersection((*module._modules, *module._parameters))
-        if not children:
-            continue
-        for mha, roots in mha_layouts:
-            if not roots.isdisjoint(children) and matches_mha(module, mha) and not _matches_inside(module, mha):
-                try:
-                    found = _refuse_strange(model, path, read_mha(path, module, mha))
-                except UnaccountedError as reason:
-                    skipped.append(Skipped(path, "mha", str(reason)))
-                    break
-                if mha.joint is not None and hasattr(module, mha.joint):
-                    joint.setdefault(name_in_stack(model, found.name), []).append(found)
-                else:
-                    structures.append(found)
-                break
-        taken: set[str] = set()
-        for ffn, roots in ffn_layouts:
-            if not roots.isdisjoint(children) and ffn.second not in taken and matches_ffn(module, ffn):
-                taken.add(ffn.second)
-                try:
-                    structures.append(_refuse_strange(model, path, read_ffn(path, module, ffn)))
-                except UnaccountedError as reason:
-                    skipped.append(Skipped(path, "ffn", str(reason)))
-    structures += join_blocks(joint, skipped)
-    structures = join_by_tables(model, structures, skipped)
+    found = join_by_tables(model, join_blocks(_read_modules(model)))
     for find_reason in (find_obstacle, partial(_find_shared, _find_names(model)), _find_read_above):
-        structures = _refuse(model, structures, skipped, find_reason)
-    skipped += _find_unknown(model, structures, skipped)
+        found = _refuse(model, found, find_reason)
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    structures.sort(key=lambda s: order[_first_module(s, order)])
-    return Discovery(tuple(structures), tuple(skipped))
+    structures = sorted(found.structures, key=lambda s: order[_first_module(s, order)])
+    return Discovery(tuple(structures), (*found.skipped, *_find_unknown(model, found)))
 
 
 def require_structures(model: nn.Module, found: Discovery, kind: Kind | None = None) -> tuple[Structure, ...]:
@@ -173,17 +142,61 @@ def _paths(structure: Structure) -> set[str]:
     return {".".join(path[start:]) for path in paths for start in range(len(path))}
 
 
-def _refuse_strange(model: nn.Module, path: str, structure: Structure) -> Structure:
-    reason = find_strange(model, path, structure)
-    if reason is not None:
-        raise UnaccountedError(reason)
-    return structure
+def _read_modules(model: nn.Module) -> Discovery:
+    """What the modules are made of that match a layout; those in blocks that share a bias have a name in common."""
+    mha, ffn = layouts_of(MhaLayout), layouts_of(FfnLayout)
+    known = frozenset().union(*(row.roots for row in mha), *(row.roots for row in ffn))
+    found: list[Structure | Skipped] = []
+    for path, module in model.named_modules():
+        children = known.intersection((*module._modules, *module._parameters))
+        if children:
+            found += _read_attention(model, path, module, [row for row in mha if row.roots & children])
+            found += _read_networks(model, path, module, [row for row in ffn if row.roots & children])
+    # A row for a module and one for the module around it may describe the same layers: the outer one is taken.
+    outer = {part.outputs[0].tensor: part for part in reversed(found) if isinstance(part, Structure)}
+    return Discovery.of(part for part in found if isinstance(part, Skipped) or part is outer[part.outputs[0].tensor])
+
+
+def _read_attention(
+    model: nn.Module, path: str, module: nn.Module, layouts: Iterable[MhaLayout]
+) -> Iterator[Structure | Skipped]:
+    """The structure of the first layout that a module matches."""
+    for layout in layouts:
+        if matches_mha(module, layout) and not _matches_inside(module, layout):
+            found = _read(model, path, "mha", partial(read_mha, module, layout))
+            if isinstance(found, Structure) and layout.joint is not None and hasattr(module, layout.joint):
+                found = replace(found, name=name_in_stack(model, found.name))
+            yield found
+            return
+
+
+def _read_networks(
+    model: nn.Module, path: str, module: nn.Module, layouts: Iterable[FfnLayout]
+) -> Iterator[Structure | Skipped]:
+    """The structures of the feed-forward networks in a module, one for each second layer."""
+    taken: set[str] = set()
+    for layout in layouts:
+        if layout.second not in taken and matches_ffn(module, layout):
+            taken.add(layout.second)
+            yield _read(model, path, "ffn", partial(read_ffn, module, layout))
+
+
+def _read(model: nn.Module, path: str, kind: Kind, read: Callable[[], Structure]) -> Structure | Skipped:
+    """What a reader makes of a module, or why it is left alone."""
+    try:
+        found = read().rename(partial(join, path))
+        reason = find_strange(model, path, found)
+    except UnaccountedError as error:
+        reason = str(error)
+    return found if reason is None else Skipped(path, kind, reason)
 
 
 def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:
     """Whether the module that makes query, key and value is a whole attention module itself."""
     owner = find_child(module, owner_of(layout))
-    return owner is not module and owner is not None and any(matches_mha(owner, other) for other in MHA_LAYOUTS)
+    return (
+        owner is not module and owner is not None and any(matches_mha(owner, other) for other in layouts_of(MhaLayout))
+    )
 
 
 def _first_module(structure: Structure, modules: Container[str]) -> str:
@@ -195,15 +208,12 @@ def _first_module(structure: Structure, modules: Container[str]) -> str:
 
 
 def _refuse(
-    model: nn.Module,
-    structures: list[Structure],
-    skipped: list[Skipped],
-    find_reason: Callable[[nn.Module, Structure], str | None],
-) -> list[Structure]:
+    model: nn.Module, found: Discovery, find_reason: Callable[[nn.Module, Structure], str | None]
+) -> Discovery:
     """Leave out the structures for which there is a reason."""
-    reasons = [(structure, find_reason(model, structure)) for structure in structures]
-    skipped += [Skipped(s.name, s.kind, reason) for s, reason in reasons if reason is not None]
-    return [structure for structure, reason in reasons if reason is None]
+    reasons = ((structure, find_reason(model, structure)) for structure in found.structures)
+    left = (s if reason is None else Skipped(s.name, s.kind, reason) for s, reason in reasons)
+    return Discovery.of((*found.skipped, *left))
 
 
 def _find_shared(names: _Names, model: nn.Module, structure: Structure) -> str | None:
@@ -274,34 +284,32 @@ def _is_layer(module: nn.Module, name: str) -> bool:
     return find_layer(module, name) is not None or (child is not None and is_parametrized(child))
 
 
-def _find_unknown(model: nn.Module, structures: list[Structure], skipped: list[Skipped]) -> list[Skipped]:
+def _find_unknown(model: nn.Module, known: Discovery) -> Iterator[Skipped]:
     """The modules that are called attention or feed-forward networks and match no layout."""
-    covered = {kind: {skip.name for skip in skipped if skip.kind == kind} for kind in _KINDS}
-    for structure in structures:
+    covered = {kind: {skip.name for skip in known.skipped if skip.kind == kind} for kind in _KINDS}
+    for structure in known.structures:
         covered[structure.kind] |= {member.tensor.rpartition(".")[0] for member in structure.members}
-    members = {name for names in covered.values() for name in names}
     around = {
         kind: {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
         for kind, names in covered.items()
     }
-    found: list[Skipped] = []
     inside: list[str] = []
     for path, module in model.named_modules():
         called = _CALLED.search(type(module).__name__)
         if called is None or path.startswith(tuple(inside)):
             continue
         kind: Kind = "mha" if called.group().startswith("Att") else "ffn"
-        if path in around[kind]:
+        if path in around[kind] or any(path.startswith(f"{name}.") for name in covered[kind] if name):
             continue
-        layers = [
-            name
-            for name, _ in module.named_modules()
-            if name and join(path, name) not in members and _is_layer(module, name)
-        ]
-        layers += [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
-        if len(layers) < 2 or any(path.startswith(f"{name}.") for name in covered[kind] if name):
-            continue
-        inside.append(f"{path}.")
-        children = ", ".join(dict.fromkeys(name for name in layers[:8]))
-        found.append(Skipped(path, kind, f"{type(module).__name__} has no known layout; its layers are {children}"))
-    return found
+        layers = _layers_in(path, module, covered["ffn"] | covered["mha"])
+        if len(layers) > 1:
+            inside.append(f"{path}.")
+            reason = f"{type(module).__name__} has no known layout; its layers are {', '.join(layers[:8])}"
+            yield Skipped(path, kind, reason)
+
+
+def _layers_in(path: str, module: nn.Module, covered: Container[str]) -> list[str]:
+    """The names of the layers in a module that are not covered, and of its own matrices."""
+    names = [name for name, _ in module.named_modules() if name and join(path, name) not in covered]
+    matrices = [name for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1]
+    return [name for name in names if _is_layer(module, name)] + matrices

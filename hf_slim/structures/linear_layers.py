@@ -42,11 +42,10 @@ class Layer:
     groups: int = 1
     adapters: tuple[tuple[str, str], ...] = ()
 
-    def members(self, path: str, index: torch.LongTensor, role: Role) -> list[Member]:
-        """The members of a structure in this layer.
+    def members(self, index: torch.LongTensor, role: Role) -> list[Member]:
+        """The members of a structure in this layer, their names relative to the module that was asked for it.
 
         Args:
-            path: Dotted name of the module that was asked for the layer.
             index: Positions of each unit among the outputs, or among the inputs for the role `output`.
             role: `input` if units own outputs of the layer, `output` if they own inputs.
 
@@ -54,12 +53,12 @@ class Layer:
             The weight, and the bias where units own outputs; the side of the adapters on which the units lie.
         """
         if role == "output":
-            found = [Member(join(path, self.weight), self.input_dim, index, role)]
-            return found + [Member(join(path, down), 1, index, "adapter") for down, _ in self.adapters]
-        found = [Member(join(path, self.weight), self.output_dim, index, role)]
+            found = [Member(self.weight, self.input_dim, index, role)]
+            return found + [Member(down, 1, index, "adapter") for down, _ in self.adapters]
+        found = [Member(self.weight, self.output_dim, index, role)]
         if self.bias is not None:
-            found.append(Member(join(path, self.bias), self.bias_dim, index, "extra"))
-        return found + [Member(join(path, up), 0, index, "extra") for _, up in self.adapters]
+            found.append(Member(self.bias, self.bias_dim, index, "extra"))
+        return found + [Member(up, 0, index, "extra") for _, up in self.adapters]
 
 
 def find_layer(module: nn.Module, path: str, *, swapped: bool = False) -> Layer | None:

@@ -1,71 +1,16 @@
 """What attention and feed-forward modules look like: child names, and nothing about model types.
 
-To teach hf_slim a new layout, add a row. A row names the children of a module by their paths below it. Sizes are read
-from the weights; discovery checks that they fit together and that nothing that depends on them is left unaccounted
-for. The first row that matches a module is taken, so a row with more children stands before one with fewer.
+To teach hf_slim a new layout, add a row, or `register_layout` one. A row names the children of a module by their paths
+below it. Sizes are read from the weights; discovery checks that they fit together and that nothing that depends on
+them is left unaccounted for. Of the rows that match a module the one with the most children is taken; of those the
+first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TypeVar
 
-
-@dataclass(frozen=True)
-class FfnLayout:
-    """A feed-forward network: first layers, an elementwise activation (and a gate's product), the second layer.
-
-    Args:
-        first: Paths of the layers that make the intermediate channels; two where the network is gated. A single layer
-            that makes twice the channels holds gate and up, the one after the other.
-        second: Path of FFN2, which reads them.
-        between: Paths of layers between the two, where they are there: depthwise convolutions and RMS norms.
-        alone: Whether the module has no other tensors.
-    """
-
-    first: tuple[str, ...]
-    second: str
-    between: tuple[str, ...] = ()
-    alone: bool = False
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One layer that makes query, key and value, or two of them.
-
-    Args:
-        layer: Its path.
-        parts: What its output holds, in this order.
-        by_unit: Whether it holds that for one unit after the other, instead of each part for all units.
-        copies: How often that order repeats, each time for an equal share of the heads.
-    """
-
-    layer: str
-    parts: str = "qkv"
-    by_unit: bool = False
-    copies: int = 1
-
-
-@dataclass(frozen=True)
-class MhaLayout:
-    """Multi-head attention: what makes query, key and value, and the output projection.
-
-    A layer that is not fused gives each unit, in turn, an equal range of its output.
-
-    Args:
-        inputs: Paths of the layers for query, key and value, or fused ones.
-        outputs: Paths of the output projection; the first that is there is taken.
-        having: Name of an attribute or child that the module must have for the row to match.
-        joint: Name of an attribute. Modules that have it share one attention bias with the same module in the other
-            blocks of their stack, so that they lose the same heads.
-        widths: Names of attributes that hold the width of all query heads, where elsewhere they hold another size.
-    """
-
-    inputs: tuple[str | Fused, ...]
-    outputs: tuple[str, ...]
-    having: str | None = None
-    joint: str | None = None
-    widths: tuple[str, ...] = ()
-
+from .layout import FfnLayout, Fused, MhaLayout
 
 FFN_LAYOUTS = (
     FfnLayout(("gate_proj", "up_proj"), "down_proj", between=("ffn_sub_norm",)),
@@ -332,3 +277,51 @@ CONFIG_HEADS = (
     "decoder_attention_heads",
 )
 """Fields of a model's config that count attention heads."""
+
+Layout = TypeVar("Layout", FfnLayout, MhaLayout)
+_registered: list[FfnLayout | MhaLayout] = []
+
+
+def register_layout(layout: FfnLayout | MhaLayout) -> None:
+    """Teach discovery, in this process, what attention or feed-forward networks of a class look like.
+
+    Of the rows that match a module the one with the most children is taken; of those with equally many the one that
+    was registered last, and the built-in ones come after. What a row matches has to be accounted for as ever, and code
+    that is not of transformers is tried before it is slimmed.
+
+    Args:
+        layout: The names of the children.
+
+    Raises:
+        ValueError: If it is no layout, or is known already.
+    """
+    paths: dict[str, tuple[str | Fused, ...]]
+    if isinstance(layout, FfnLayout):
+        paths = {"first": layout.first}
+    elif isinstance(layout, MhaLayout):
+        paths = {"inputs": layout.inputs, "outputs": layout.outputs}
+    else:
+        raise ValueError(
+            f"A layout is needed, got {layout!r}: make an FfnLayout or an MhaLayout of a module's children."
+        )
+    for name, value in paths.items():
+        if not isinstance(value, tuple) or not value:
+            raise ValueError(
+                f"{name} of a layout must be a tuple of paths, got {value!r}: one alone is written (path,)."
+            )
+    if layout in (*_registered, *FFN_LAYOUTS, *MHA_LAYOUTS):
+        raise ValueError(f"This layout is known already, leave the call out: {layout}.")
+    _registered.insert(0, layout)
+
+
+def layouts_of(kind: type[Layout]) -> list[Layout]:
+    """The rows of one kind, registered and built in.
+
+    Args:
+        kind: `FfnLayout` or `MhaLayout`.
+
+    Returns:
+        The rows in the order in which they are tried.
+    """
+    rows = [row for row in (*_registered, *FFN_LAYOUTS, *MHA_LAYOUTS) if isinstance(row, kind)]
+    return sorted(rows, key=lambda row: -row.size)

@@ -6,8 +6,8 @@ import ast
 import functools
 import inspect
 import linecache
-import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -73,11 +73,7 @@ def find_mentioned(kind: Any) -> frozenset[str]:
     for base in kind.__mro__:
         if base is object or base.__module__.startswith(_GENERAL):
             continue
-        codes = [
-            inspect.unwrap(value).__code__
-            for name, value in ((name, _function_of(value)) for name, value in vars(base).items())
-            if name not in _BUILDING and isinstance(inspect.unwrap(value), FunctionType)
-        ]
+        codes = [function.__code__ for name, function in _written(base) if name not in _BUILDING]
         while codes:
             code = codes.pop()
             found.update(code.co_names)
@@ -132,18 +128,18 @@ def find_functions(kind: type) -> list[ast.FunctionDef]:
         OSError: If the source cannot be had.
         TypeError: Likewise.
     """
-    written = [
-        inspect.unwrap(value)
-        for value in map(_function_of, vars(kind).values())
-        if isinstance(inspect.unwrap(value), FunctionType)
-    ]
-    if any(function.__module__ != kind.__module__ for function in written) or not written:
-        tree: ast.AST = _find_class(kind)
-        trees = [node for node in ast.iter_child_nodes(tree)]
-    else:
-        trees = [parse_function(function) for function in written if function.__name__ not in _BUILDING]
+    trees = [parse_function(function) for name, function in _written(kind) if name not in _BUILDING]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name not in _BUILDING]
+
+
+def _written(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions in a class as they are written: those inside properties, static methods and decorators."""
+    for name, value in vars(kind).items():
+        inner = getattr(value, "fget", None) or getattr(value, "__func__", None)
+        function = inspect.unwrap(value if inner is None else inner)
+        if isinstance(function, FunctionType):
+            yield name, function
 
 
 @functools.cache
@@ -180,45 +176,6 @@ def _lines_of(function: FunctionType) -> str:
     while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
         end += 1
     return "".join(lines[begin:end])
-
-
-def _function_of(value: Any) -> Any:
-    """The function inside a property, a static method or the like."""
-    inner = getattr(value, "fget", None) or getattr(value, "__func__", None)
-    return value if inner is None else inner
-
-
-def _find_class(kind: type) -> ast.ClassDef:
-    """The syntax tree of a class.
-
-    Raises:
-        OSError: If its source cannot be had.
-        TypeError: Likewise.
-    """
-    found = _parse_module(kind.__module__).get(kind.__qualname__)
-    if found is None:
-        raise OSError(f"{kind.__module__} has no source of {kind.__qualname__}")
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _parse_module(name: str) -> dict[str, ast.ClassDef]:
-    """The classes of a module by qualified name; a file is parsed once, however many of its classes are asked for."""
-    module = sys.modules.get(name)
-    if module is None:
-        raise OSError(f"{name} is not there")
-    found: dict[str, ast.ClassDef] = {}
-    todo: list[tuple[ast.AST, str]] = [(ast.parse(inspect.getsource(module)), "")]
-    while todo:
-        node, prefix = todo.pop()
-        if isinstance(node, ast.ClassDef):
-            found.setdefault(f"{prefix}{node.name}", node)
-            prefix = f"{prefix}{node.name}."
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            prefix = f"{prefix}{node.name}.<locals>."
-        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
-        todo += [(child, prefix) for child in reversed(inner)]
-    return found
 
 
 Read = tuple[str, list[ast.AST]]

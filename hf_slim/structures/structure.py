@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import LongTensor, nn
@@ -90,6 +90,20 @@ class Count:
         return self.per_unit / units if self.inverse else self.per_unit * units
 
 
+class Explained(NamedTuple):
+    """What a layout explains of a module.
+
+    Args:
+        names: Paths of the children and tensors that it explains.
+        members: What of them belongs to units.
+        counts: The attributes that depend on the number of units.
+    """
+
+    names: tuple[str, ...]
+    members: Sequence[Member] = ()
+    counts: Sequence[Count] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """Coupled layers that shrink together.
@@ -162,6 +176,23 @@ class Structure:
 
         return replace(self, units=int(units.sum()), members=tuple(renumber(member) for member in self.members))
 
+    def rename(self, change: Callable[[str], str]) -> Structure:
+        """The structure with other names, as seen from another module.
+
+        Args:
+            change: From the name of a tensor or of a module to its new name.
+
+        Returns:
+            The same structure otherwise.
+        """
+        return replace(
+            self,
+            name=change(self.name),
+            members=tuple(replace(m, tensor=change(m.tensor)) for m in self.members),
+            counts=tuple(replace(c, module=change(c.module)) for c in self.counts),
+            reshaping=tuple(map(change, self.reshaping)),
+        )
+
 
 Masks = Mapping[str, torch.Tensor]
 """For each structure's name a boolean tensor of shape `[units]`, True = keep."""
@@ -193,6 +224,14 @@ class Discovery:
 
     structures: tuple[Structure, ...]
     skipped: tuple[Skipped, ...] = field(default=())
+
+    @classmethod
+    def of(cls, found: Iterable[Structure | Skipped]) -> Discovery:
+        """What was found or skipped, one after the other."""
+        parts = list(found)
+        return cls(
+            tuple(s for s in parts if isinstance(s, Structure)), tuple(s for s in parts if isinstance(s, Skipped))
+        )
 
     def __str__(self) -> str:
         """A readable summary, a line for each structure and each skipped module."""

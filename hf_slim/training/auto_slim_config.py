@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..arguments import SlimConfig
+from ..arguments import SlimConfig, check_settings
 from ..structures import Discovery, Kind, Structure, find_structures, require_structures
 
 PATTERNS: dict[str, Kind] = {"channelx1": "ffn", "mha": "mha"}
@@ -126,16 +126,15 @@ def find_entry_structures(found: Discovery, entry: Mapping[str, Any]) -> tuple[S
 
 def _to_config(keywords: Mapping[str, Any], **sparsities: Any) -> SlimConfig:
     """The keywords of an entry as settings; in what is said of a bad value it is called as it is in the entry."""
-    changes = {_ENTRY_FIELDS[key]: value for key, value in keywords.items()}
-    if changes.get("slim_schedule") == "cube":
-        changes["slim_schedule"] = "cubic"
-    try:
-        return replace(_ENTRY_DEFAULTS, **changes, **sparsities)
-    except ValueError as error:
-        message = str(error)
-        for key, field in _ENTRY_FIELDS.items():
-            message = message.replace(field, key)
-        raise ValueError(message) from None
+    config = copy.copy(_ENTRY_DEFAULTS)
+    for key, value in keywords.items():
+        setattr(config, _ENTRY_FIELDS[key], value)
+    if config.slim_schedule == "cube":
+        config.slim_schedule = "cubic"
+    for name, value in sparsities.items():
+        setattr(config, name, value)
+    check_settings(config, {field: key for key, field in _ENTRY_FIELDS.items()})
+    return config
 
 
 def _op_names(structures: Iterable[Structure]) -> list[str]:

@@ -13,13 +13,11 @@ from sparse_models import masked
 from trainers import make_trainer
 from transformers import AutoModelForSequenceClassification, Trainer
 
-import hf_slim.structures.projection_layouts
-from hf_slim import find_structures, model_slim, save_slimmed
+from hf_slim import FfnLayout, Fused, MhaLayout, find_structures, model_slim, register_layout, save_slimmed
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError
 from hf_slim.saving.report import StructureSize
-from hf_slim.structures import attention, discovery
-from hf_slim.structures.projection_layouts import FfnLayout, Fused, MhaLayout
+from hf_slim.structures import attention
 
 
 def state(model):
@@ -179,7 +177,7 @@ def test_a_batch_of_the_user_verifies(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_a_wrong_layout_is_refused_and_nothing_written(tmp_path, monkeypatch):
+def test_a_wrong_layout_is_refused_and_nothing_written(tmp_path, monkeypatch, own_layouts):
     """A row that takes the softmax over channels for an elementwise activation."""
 
     class Softmaxed(torch.nn.Module):
@@ -191,11 +189,7 @@ def test_a_wrong_layout_is_refused_and_nothing_written(tmp_path, monkeypatch):
         def forward(self, states):
             return self.outer(self.inner(states).softmax(-1))
 
-    monkeypatch.setattr(
-        "hf_slim.structures.discovery.FFN_LAYOUTS",
-        (*hf_slim.structures.projection_layouts.FFN_LAYOUTS, FfnLayout(("inner",), "outer")),
-    )
-
+    register_layout(FfnLayout(("inner",), "outer"))
     monkeypatch.setattr("hf_slim.structures.discovery.find_strange", lambda model, path, structure: None)
 
     class Odd(transformers.LlamaForCausalLM):
@@ -263,9 +257,9 @@ def test_a_slimmed_model_that_cannot_run_is_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_layout_is_found(tmp_path, monkeypatch):
+def test_a_wrong_layout_is_found(tmp_path, own_layouts):
     """GPT-NeoX holds query, key and value of one head after the other; the planted row says all queries first."""
-    monkeypatch.setattr(discovery, "MHA_LAYOUTS", (MhaLayout((Fused("query_key_value"),), ("dense",)),))
+    register_layout(MhaLayout((Fused("query_key_value"),), ("dense",)))
     fields = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**{**STACK, **fields})).eval()
     with torch.no_grad():

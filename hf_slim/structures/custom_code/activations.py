@@ -20,37 +20,17 @@ class InconclusiveError(Exception):
 
 
 def find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
-    """Find out whether an activation is a function of each element by itself.
+    """Find out, once for each activation that is known by more than its identity, whether it mixes elements.
 
     Args:
         function: A module or a function; not changed.
 
     Returns:
-        What it does otherwise, None if nothing or if it is not a function of a tensor alone.
+        What it does otherwise, None if it is a function of each element by itself.
+
+    Raises:
+        InconclusiveError: If it is not a function of a tensor alone.
     """
-    try:
-        return _judge(function)
-    except InconclusiveError:
-        return None
-
-
-def is_elementwise(function: Callable[[torch.Tensor], Any]) -> bool:
-    """Whether something is a function of each element of a tensor by itself, as far as its last dimension shows.
-
-    Args:
-        function: A module or a function; not changed.
-
-    Returns:
-        True if it can be called with a tensor and is one.
-    """
-    try:
-        return _judge(function) is None
-    except InconclusiveError:
-        return False
-
-
-def _judge(function: Callable[[torch.Tensor], Any]) -> str | None:
-    """What `find_mixed` finds, once for each activation that is known by more than its identity."""
     if isinstance(function, nn.Module):
         if any(True for _ in function.parameters()):
             raise InconclusiveError("it has parameters")
@@ -60,10 +40,18 @@ def _judge(function: Callable[[torch.Tensor], Any]) -> str | None:
     else:
         key = function if is_plain_function(function) else None
     if key is None:
-        return _find_mixed(function)
+        return _try(function)
     if key not in _mixed:
-        _mixed[key] = _find_mixed(function)
+        _mixed[key] = _try(function)
     return _mixed[key]
+
+
+def is_elementwise(function: Callable[[torch.Tensor], Any]) -> bool:
+    """Whether something can be called with a tensor and is a function of each element by itself."""
+    try:
+        return find_mixed(function) is None
+    except InconclusiveError:
+        return False
 
 
 def is_plain_function(value: Any) -> bool:
@@ -78,7 +66,7 @@ def is_plain_function(value: Any) -> bool:
     return inspect.isbuiltin(value) or (inspect.isfunction(value) and value.__closure__ is None)
 
 
-def _find_mixed(function: Callable[[torch.Tensor], Any]) -> str | None:
+def _try(function: Callable[[torch.Tensor], Any]) -> str | None:
     generator = torch.Generator("cpu").manual_seed(0)
     values = torch.randn(4, 6, 8, generator=generator, device="cpu", dtype=torch.float64)
     changed = values.clone()

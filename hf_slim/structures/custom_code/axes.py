@@ -128,11 +128,9 @@ def swap(value: Units, one: int, other: int) -> Units:
 
 def insert(value: Units, dim: int) -> Units:
     """A dimension of size one more."""
-    if dim >= 0 and value.rank is None:
-        value.at(dim)
-    place = dim if dim < 0 else dim - (value.rank or 0) - 1
+    place = dim if dim < 0 else value.at(dim) - 1
     rank = None if value.rank is None else value.rank + 1
-    return replace(value, axis=value.axis - (place > value.axis), rank=rank)
+    return replace(value, axis=value.axis - (place >= value.axis), rank=rank)
 
 
 def multiply(left: Any, right: Any) -> Any:
@@ -158,49 +156,38 @@ def reshape(value: Units, sizes: Sequence[Any], heads: set[int]) -> Units:
     Returns:
         Where the units lie then.
     """
-    last = getattr(sizes[-1], "value", None)
+    numbers: list[Any] = [getattr(size, "value", None) for size in sizes]
+    last, pair = numbers[-1], numbers[-2:]
     rank = sum(2 if isinstance(size, Star) else 1 for size in sizes)
-    if value.parts > 1 and len(sizes) > 3 and getattr(sizes[-3], "value", None) == value.parts and last in heads:
-        return Units(-2, rank)
     if value.parts > 1:
+        if len(sizes) > 3 and numbers[-3] == value.parts and last in heads:
+            return Units(-2, rank)
         raise UnreadableError("reshapes query, key and value, or gate and up, while they are one tensor")
     places = [place - len(sizes) for place, size in enumerate(sizes) if isinstance(size, Size)]
-    inferred = [place - len(sizes) for place, size in enumerate(sizes) if getattr(size, "value", None) == -1]
+    asked = places or [place - len(sizes) for place, number in enumerate(numbers) if number == -1]
     if value.axis == -1:
-        ones = [size for size in sizes if getattr(size, "value", None) == 1]
-        if value.rank == 1 and len(ones) == len(sizes) - 1 and places + inferred:
-            return Units((places + inferred)[0], rank)
-        if -1 in places or (not places and -1 in inferred):
-            if (value.rank is not None and rank > value.rank) or any(_is_many(size) for size in sizes[:-1]):
+        if value.rank == 1 and numbers.count(1) == len(sizes) - 1 and asked:
+            return Units(asked[0], rank)
+        if -1 in asked:
+            if (value.rank is not None and rank > value.rank) or any(type(n) is int and n > 1 for n in numbers[:-1]):
                 raise UnreadableError("splits the units' values into groups")
             return replace(value, rank=rank)
-        block = _product(sizes[-2:])
-        if len(sizes) > 2 and (places == [-3] or (not places and -3 in inferred)) and block in heads:
+        if asked == [-3] and all(type(number) is int for number in pair) and math.prod(pair) in heads:
             return replace(value, axis=-3, rank=rank)
-        if (places == [-2] or (not places and -2 in inferred)) and last in heads:
+        if asked == [-2] and last in heads:
             return replace(value, axis=-2, rank=rank)
         raise UnreadableError("splits the units' values otherwise than into (..., heads, width of a head)")
     if value.axis == -2:
-        if places == [-2] or (not places and -2 in inferred and last in heads):
+        if asked == [-2] and (places or last in heads):
             return replace(value, rank=rank)
-        if places == [-1] or (not places and (-1 in inferred or not inferred)):
+        if asked in ([-1], []):
             return replace(value, axis=-1, rank=rank)
         raise UnreadableError("joins the units' values in a way that is not known")
-    if places == [value.axis] or (not places and value.axis in inferred):
+    if asked == [value.axis]:
         return replace(value, rank=rank)
     if places == [-3] and value.axis == -4:
         return replace(value, axis=-3, rank=rank)  # key-value heads repeated for their query heads
     raise UnreadableError("reshapes a tensor of heads in a way that is not known")
-
-
-def _is_many(size: Any) -> bool:
-    number = getattr(size, "value", None)
-    return type(number) is int and number > 1
-
-
-def _product(sizes: Sequence[Any]) -> int | None:
-    numbers = [getattr(size, "value", None) for size in sizes]
-    return math.prod(numbers) if all(type(number) is int for number in numbers) else None  # type: ignore[arg-type]
 
 
 def flatten(value: Units, begin: int, end: int = -1) -> Units:
@@ -232,24 +219,14 @@ def take(value: Units, index: Sequence[Any]) -> Any:
     Returns:
         The part.
     """
-    if Ellipsis in index:
-        place = list(index).index(Ellipsis)
-        front, back = list(index[:place]), list(index[place + 1 :])
-    else:
-        front, back = list(index), []
+    place = list(index).index(Ellipsis) if Ellipsis in index else len(index)
+    front, back = index[:place], index[place + 1 :]
     if front and value.rank is None:
         raise UnreadableError("takes a part of a tensor of which the rank is not known")
     taken = sum(entry is not None for entry in (*front, *back))
-    rest = max(0, (value.rank or 0) - taken) if value.rank is not None else None
-    if rest is None:  # only from the end
-        entries: list[Any] = [slice(None)] * max(0, -value.axis - len(back)) + back
-        start = -max(-value.axis, len(back))
-    else:
-        entries = [*front, *[slice(None)] * rest, *back]
-        start = -(value.rank or 0)
-    after = 0
-    seen = False
-    place = start
+    length = max(-value.axis, taken) if value.rank is None else value.rank
+    entries = [*front, *[slice(None)] * (length - taken), *back]
+    place, after, seen = -length, 0, False
     for entry in entries:
         if entry is None:
             after += seen
@@ -264,6 +241,5 @@ def take(value: Units, index: Sequence[Any]) -> Any:
             after -= 1
         place += 1
     dropped = sum(entry is not None and not isinstance(entry, slice) for entry in entries)
-    added = sum(entry is None for entry in entries)
-    rank = None if value.rank is None else value.rank - dropped + added
+    rank = None if value.rank is None else value.rank - dropped + entries.count(None)
     return replace(value, axis=value.axis - after, rank=rank)

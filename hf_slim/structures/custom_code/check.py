@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
@@ -110,9 +111,10 @@ def _find_mixed_activations(parts: dict[str, nn.Module]) -> Iterator[str]:
             if "act" in key.lower() and callable(value) and not isinstance(value, type):
                 called[join(name, key)] = value
         for path, function in called.items():
-            mixed = find_mixed(function)
-            if mixed is not None:
-                yield f"its activation {path} is no function of each element: it {mixed}"
+            with contextlib.suppress(InconclusiveError):
+                mixed = find_mixed(function)
+                if mixed is not None:
+                    yield f"its activation {path} is no function of each element: it {mixed}"
 
 
 def _running(model: nn.Module, path: str, module: nn.Module) -> tuple[str, nn.Module]:

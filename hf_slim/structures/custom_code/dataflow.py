@@ -61,15 +61,11 @@ class _Flow:
         self.layers = {m.tensor.rpartition(".")[0] for m in structure.members if m.role in ("input", "output")}
         self.called: set[str] = set()
         self.counts = {(count.module, count.attribute) for count in structure.counts}
-        self.widths = {m.index.shape[1] for m in structure.members if m.role in ("input", "output")}
-        self.widths |= {
-            part.__dict__[name]
-            for part in module.modules()
-            for name in HEAD_SIZES
-            if type(part.__dict__.get(name)) is int
-        }
-        if structure.kind == "ffn":
-            self.widths = set()
+        self.widths: set[int] = set()
+        if structure.kind == "mha":
+            stated = (part.__dict__.get(name) for part in module.modules() for name in HEAD_SIZES)
+            self.widths = {size for size in stated if type(size) is int}
+            self.widths |= {m.index.shape[1] for m in structure.members if m.role in ("input", "output")}
         self.depth = 0
 
     # Calls.
@@ -282,14 +278,12 @@ class _Flow:
         return [Child(join(owner.path, name)) for name in part._modules]
 
     def _of_tensor(self, full: str, part: nn.Module) -> Any:
-        members = self.members.get(full)
+        members, tensor = self.members.get(full), get_tensor(self.module, full)
         if members is None:
-            tensor = get_tensor(self.module, full)
             return Plain(NARROW if not tensor.dim() or tensor.shape[-1] == 1 else UNKNOWN)
         path = full.rpartition(".")[0]
         if find_layer(self.module, path) is not None and path in self.layers:
             return Size()  # the weight itself
-        tensor = get_tensor(self.module, full)
         return Units(members[0].dim - tensor.dim(), tensor.dim())
 
     def _of_value(self, value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 import types
 from typing import Any, Protocol
@@ -178,10 +179,7 @@ class Expressions:
             return owner[lower:upper]  # type: ignore[index]
         place = getattr(self._value(index), "value", None)
         if type(place) is not int:
-            found = owner[0]
-            for part in owner[1:]:
-                found = merge(found, part)
-            return found
+            return functools.reduce(merge, owner)
         if any(isinstance(part, Star) for part in owner) and place >= 0:
             return Plain()
         if not -len(owner) <= place < len(owner):

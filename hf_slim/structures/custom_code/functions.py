@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import types
 from typing import Any
 
@@ -43,12 +44,7 @@ class Scope(Expressions):
             UnreadableError: If something is done to units of which it cannot be told that they stay by themselves.
         """
         self._block(self._tree.body)
-        if not self._results:
-            return Plain(None)
-        found = self._results[0]
-        for other in self._results[1:]:
-            found = merge(found, other)
-        return found
+        return functools.reduce(merge, self._results) if self._results else Plain(None)
 
     def _bind(self, values: list[Any], named: dict[str, Any]) -> None:
         arguments = self._tree.args

@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -28,6 +28,7 @@ _TOLERANCE = 1e-5
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATES = ("state", "residual", "input", "query", "key", "value", "context", "memory", "encod", "hidden")
 
+_SIMPLE = (bool, int, float, str, torch.dtype)
 _PLAIN = frozenset(nn.Module().__dict__)
 
 _proven: dict[Hashable, str | None] = {}
@@ -211,7 +212,7 @@ def _find_run(module: nn.Module, structure: Structure, generator: torch.Generato
         first = torch.randn(shape, generator=generator, dtype=_DTYPE, device="cpu")
         others = {p.name: _make(p.name, first, length, structure, module, generator, alike=alike) for p in needed}
         positional = [others.pop(p.name) for p in needed if p.kind == 0]
-        run = _Run([first, *positional], others)
+        run = partial(_run, [first, *positional], others)
         try:
             run(module)
         except Exception:  # another shape may work; if none does, the module cannot be run
@@ -220,20 +221,14 @@ def _find_run(module: nn.Module, structure: Structure, generator: torch.Generato
     raise InconclusiveError("it cannot be run on hidden states alone")
 
 
-class _Run:
-    """A call of a module with inputs that stay the same."""
-
-    def __init__(self, positional: list[Any], named: dict[str, Any]) -> None:
-        self._positional, self._named = positional, named
-
-    @torch.no_grad()
-    def __call__(self, module: nn.Module) -> torch.Tensor:
-        """The first tensor of what it gives, that of the inputs' shape before others."""
-        with calm():
-            output = module(*copy.deepcopy(self._positional), **copy.deepcopy(self._named))
-        tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
-        alike = [tensor for tensor in tensors if tensor.shape == self._positional[0].shape]
-        return (alike or tensors)[0]
+@torch.no_grad()
+def _run(positional: list[Any], named: dict[str, Any], module: nn.Module) -> torch.Tensor:
+    """The first tensor of what a module gives for inputs, that of the first input's shape before others."""
+    with calm():
+        output = module(*copy.deepcopy(positional), **copy.deepcopy(named))
+    tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+    alike = [tensor for tensor in tensors if tensor.shape == positional[0].shape]
+    return (alike or tensors)[0]
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -299,9 +294,7 @@ def _describe(module: nn.Module, structure: Structure) -> Hashable | None:
         for name, value in part.__dict__.items():
             if name == "config":
                 parts.append(str(sorted(getattr(value, "__dict__", {}).items(), key=str)))
-            elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-                parts.append((name, value))
-            elif is_plain_function(value):
+            elif value is None or isinstance(value, _SIMPLE) or is_plain_function(value):
                 parts.append((name, value))
             elif name not in _PLAIN:
                 return None
@@ -322,13 +315,4 @@ def relative(structure: Structure, path: str) -> Structure:
     Returns:
         The structure with names below the module.
     """
-    if not path:
-        return structure
-    begin = len(path) + 1
-    return replace(
-        structure,
-        name=structure.name[begin:],
-        members=tuple(replace(m, tensor=m.tensor[begin:]) for m in structure.members),
-        counts=tuple(replace(c, module=c.module[begin:]) for c in structure.counts),
-        reshaping=tuple(name[begin:] for name in structure.reshaping),
-    )
+    return structure.rename(lambda name: name[len(path) + 1 :]) if path else structure

@@ -83,15 +83,13 @@ def merge(one: Any, other: Any) -> Any:
         return one
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         return tuple(merge(*pair) for pair in zip(one, other, strict=True))
+    if isinstance(one, Plain) and isinstance(other, Plain):
+        return Plain()
+    if isinstance(one, Units) and isinstance(other, Units) and replace(one, rank=None) == replace(other, rank=None):
+        return replace(one, rank=None)
     for value, second in ((one, other), (other, one)):
         if isinstance(value, Plain):
-            return second if not isinstance(second, Plain) else Plain()
-        if (
-            isinstance(value, Units)
-            and isinstance(second, Units)
-            and replace(value, rank=None) == replace(second, rank=None)
-        ):
-            return replace(value, rank=None)
+            return second
         if isinstance(value, Known) and callable(value.object) and not isinstance(second, Units):
             return value
     return Conflict()

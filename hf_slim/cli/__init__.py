@@ -1,6 +1,6 @@
-"""The `hf-slim` command: a file for each subcommand, imported with it, so that the usage is printed at once."""
+"""The subcommands of `hf-slim`, a file for each; the command itself is in hf_slim_command.py, beside the package."""
 
-from .command import main
+from hf_slim_command import main
 
 __all__ = [
     "main",

@@ -18,8 +18,8 @@ from transformers import (
     pipeline,
 )
 
-from hf_slim.cli.command import main
 from hf_slim.saving.report import count_bytes, count_parameters
+from hf_slim_command import main
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "dull", "fine", "film", "play"]

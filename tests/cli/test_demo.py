@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from hf_slim.cli.command import main
 from hf_slim.cli.demo import write_demo
 from hf_slim.cli.tokenizer import load_tokenizer
+from hf_slim_command import main
 
 
 def _read(path):

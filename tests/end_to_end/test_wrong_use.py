@@ -24,12 +24,12 @@ from hf_slim import (
     save_slimmed,
 )
 from hf_slim.arguments import place_steps
-from hf_slim.cli.command import main
 from hf_slim.compaction.compact import compact_model
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError
 from hf_slim.saving.report import measure_latency
 from hf_slim.training.schedule import Schedule
+from hf_slim_command import main
 
 NAN, INF = math.nan, math.inf
 HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}

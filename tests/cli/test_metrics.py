@@ -8,7 +8,7 @@ import pytest
 
 import hf_slim
 
-METRICS = Path(hf_slim.__file__).with_name("metrics")
+METRICS = Path(hf_slim.__file__).parent / "cli" / "metrics"
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def assert_same(before, model):
 def warnings_of_ours(monkeypatch):
     """What the library warns of."""
     messages = []
-    for module in ("auto_slim", "saving"):
+    for module in ("compaction.sparse_model", "saving.save"):
         monkeypatch.setattr(f"hf_slim.{module}.logger.warning", messages.append)
     return messages
 
@@ -336,7 +336,7 @@ def test_whatever_is_raised_the_model_is_as_it_was(family, where, verify, monkey
         raise Interruption
 
     if where == "half way":
-        import hf_slim.compaction as compaction
+        from hf_slim.compaction import compact as compaction
 
         original = compaction.take_positions
         monkeypatch.setattr(

@@ -6,7 +6,6 @@ Where these do not say which of several shapes an input has (spectrograms are `[
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from .made_media import (
     make_series,
     make_videos,
     make_waves,
+    name_parameters,
     walk_configs,
 )
 from .module_state import leaving
@@ -91,7 +91,7 @@ def make_inputs(model: PreTrainedModel) -> Inputs:
     """
     example = _Example(model)
     texts = example.make()
-    missing = next((name for name in example.taker.required if name not in texts[0]), None)
+    missing = next((name for name in example.required if name not in texts[0]), None)
     if missing is not None:
         raise ValueError(
             f"{type(model).__name__} takes {missing}, for which no input can be made: pass a batch of yours, "
@@ -141,7 +141,7 @@ def _run_plainly(model: nn.Module) -> None:
     """Let compiled modules run as they are written: to compile them for one batch would take longer than to run it."""
     for module in model.modules():
         module.__dict__.pop("_compiled_call_impl", None)
-        original = module._modules.get("_orig_mod")
+        original = getattr(module, "_orig_mod", None)
         if original is not None:
             module.__dict__["forward"] = original.__call__
 
@@ -176,48 +176,43 @@ def describe(inputs: Mapping[str, Any]) -> str:
     )
 
 
-class _Example:
+class _Example(Taker):
     """The arguments of one model's forward pass, decided for each modality by itself."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.taker = Taker(model)
-        self.names = self.taker.names
 
     def make(self) -> list[Inputs]:
         """Inputs for the model; the text in the forms that it may have, likeliest first."""
         inputs = self._others()
         vectors: dict[str, int] = {}
         for modality, make in _MAKERS:
-            variants = [variant for variant in make(self.taker) if self.names & variant.keys()]
+            variants = [variant for variant in make(self) if self.names & variant.keys()]
             if variants:
                 inputs |= self._decide(modality, variants, inputs, vectors)
-        return [self._fit(self.names, {**inputs, **text}) for text in self._texts(vectors, inputs)]
+        return [self._fit(self.names, {**inputs, **text}) for text in self._texts(vectors)]
 
     def _decide(self, modality: str, variants: list[Inputs], others: Inputs, vectors: dict[str, int]) -> Inputs:
         """The variant that the tower of a modality runs on; how many vectors in the text it becomes is noted."""
-        get_features = self.taker.find_features(modality)
-        counts = self._has_placeholders(modality)
-        if counts:
-            vectors[modality] = self.taker.find_size(_QUERIES, 1)
-        name = next(name for name in variants[0] if name in self.names)
-        tower = get_features if get_features is not None and counts else self.taker.find_tower(name)
-        if tower is None or (len(variants) == 1 and tower is not get_features):
+        has_places = self._placeholder(modality) is not None or f"{modality}_embeds_position_mask" in self.names
+        if has_places:
+            vectors[modality] = self.find_size(_QUERIES, 1)
+        get_features = self.find_features(modality) if has_places else None
+        tower = get_features or self.find_tower(next(name for name in variants[0] if name in self.names))
+        if tower is None or (get_features is None and len(variants) == 1):
             return variants[0]
-        names = inspect.signature(tower.forward if isinstance(tower, nn.Module) else tower).parameters
+        names = name_parameters(getattr(tower, "forward", tower))
         fitting = [self._fit(names, {**others, **variant}) for variant in variants]
         place, features, error = _find_running(self.model, tower, fitting)
-        if tower is get_features and error is not None:
+        if get_features is None:
+            return variants[place]
+        if error is not None:
             raise ValueError(
                 f"{type(self.model).__name__} takes no {modality} that could be made for it: on "
                 f"{describe(fitting[0])}: {error} Pass a batch of yours, verify={{...}}, or verify=False."
             ) from error
-        if tower is get_features:
-            found = getattr(features, "pooler_output", None)
-            found = features if isinstance(features, torch.Tensor) else features[0] if found is None else found
-            count = sum(tensor.numel() // tensor.shape[-1] for tensor in _tensors(found))
-            vectors[modality] = self.taker.find_size(_QUERIES, count)
-        return variants[place]
+        found = getattr(features, "pooler_output", None)
+        found = features if isinstance(features, torch.Tensor) else features[0] if found is None else found
+        count = sum(tensor.numel() // tensor.shape[-1] for tensor in _tensors(found))
+        vectors[modality] = self.find_size(_QUERIES, count)
+        return fitting[place]
 
     def _fit(self, names: Collection[str], inputs: Inputs) -> Inputs:
         """Those inputs that a function takes, on the device and in the dtype of the model."""
@@ -226,19 +221,17 @@ class _Example:
 
     def _placeholder(self, modality: str) -> int | None:
         words = [modality, f"{modality}_context"]
-        token = self.taker.find([f"{word}_token_{end}" for word in words for end in ("id", "index")])
-        return token if token is not None else (self.taker.find(("vocabulary_map",)) or {}).get(f"<{modality}>")
+        token = self.find([f"{word}_token_{end}" for word in words for end in ("id", "index")])
+        return token if token is not None else (self.find(("vocabulary_map",)) or {}).get(f"<{modality}>")
 
-    def _has_placeholders(self, modality: str) -> bool:
-        return self._placeholder(modality) is not None or f"{modality}_embeds_position_mask" in self.names
-
-    def _texts(self, vectors: dict[str, int], inputs: Inputs) -> Iterator[Inputs]:
+    def _texts(self, vectors: dict[str, int]) -> Iterator[Inputs]:
         text = self._text(vectors)
-        if "input_features" in inputs and self.taker.find_tower("input_features") is None and not vectors:
-            del text["input_ids"]  # the features stand in for it
         yield text
-        if "input_ids" in self.names & text.keys():
-            yield {**text, "attention_mask": torch.ones_like(text["input_ids"])}
+        if "decoder_input_ids" in self.names and not vectors:
+            yield {"decoder_input_ids": text["decoder_input_ids"]}
+        if "input_ids" in self.names:
+            mask = torch.ones_like(text["input_ids"])
+            yield {**text, "attention_mask": mask, "image_attention_mask": mask[..., None]}
             yield {name: value.unsqueeze(1).repeat_interleave(2, 1) for name, value in text.items()}
 
     def _text(self, vectors: dict[str, int]) -> Inputs:
@@ -253,13 +246,12 @@ class _Example:
         zeros = torch.zeros_like(ids)
         kinds = torch.cat([zeros[:, :half], *types, zeros[:, half:]], dim=1)
         place = torch.arange(kinds.shape[1])
-        tiles = self.taker.find_size(("max_num_tiles",), 1, "vision")
+        tiles = self.find_size(("max_num_tiles",), 1, "vision")
         return {
             "input_ids": torch.cat([ids[:, :half], *middle, ids[:, half:]], dim=1),
             "mm_token_type_ids": kinds,
             "image_embeds_position_mask": kinds == 1,
             "global_attention_mask": (place == 0).long()[None],
-            "image_attention_mask": torch.ones(1, len(place), 1, dtype=torch.long),
             "cross_attention_mask": torch.ones(1, len(place), 1, tiles, dtype=torch.long),
             "bbox": torch.stack([place, place, place + 1, place + 1], dim=-1)[None],
             "decoder_input_ids": ids.flip(1),
@@ -273,7 +265,7 @@ class _Example:
     def _random_ids(self, config: PreTrainedConfig, length: int) -> torch.Tensor:
         """Ordinary tokens, with the end token at the end, where classification heads look for it."""
         tables = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding))
-        size = getattr(config, "vocab_size", None) or self.taker.find_size(("vocab_size",), next(tables, 256))
+        size = getattr(config, "vocab_size", None) or self.find_size(("vocab_size",), next(tables, 256))
         special = {token for _, part in walk_configs(self.model.config) for token in _special_ids(part)}
         ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(SEED))]
@@ -284,12 +276,12 @@ class _Example:
 
     def _others(self) -> Inputs:
         """What belongs to no modality."""
-        others = make_series(self.taker)
+        others = make_series(self)
         for name, shape in _SHAPES.items():
-            sizes = [size if isinstance(size, int) else self.taker.find_size((size,), 0) for size in shape]
-            if all(sizes) and (name in self.taker.required or name not in _STAND_INS):
+            sizes = [size if isinstance(size, int) else self.find_size((size,), 0) for size in shape]
+            if all(sizes) and (name in self.required or name not in _STAND_INS):
                 others[name] = make_noise(*sizes)
-        others["task_inputs"] = torch.ones(1, self.taker.find_size(("task_seq_len",), LENGTH), dtype=torch.long)
+        others["task_inputs"] = torch.ones(1, self.find_size(("task_seq_len",), LENGTH), dtype=torch.long)
         others["timesteps"] = torch.arange(LENGTH)[None]
         others["lang_ids"] = torch.zeros(1, dtype=torch.long)
         others["classes_structure"] = torch.ones(1, dtype=torch.long)

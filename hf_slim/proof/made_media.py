@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class Taker:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """See the class."""
-        parameters = inspect.signature(model.forward).parameters
+        parameters = name_parameters(model.forward)
         self.model = model
         self.names = parameters.keys()
-        self.required = tuple(_find_required(parameters))
+        self.required = [name for name, is_required in parameters.items() if is_required]
 
     def find(self, fields: Sequence[str], word: str = "") -> Any:
         """Look up a field of the config.
@@ -65,15 +65,15 @@ class Taker:
         return value if isinstance(value, int) and value > 0 else default
 
     def find_features(self, modality: str) -> Callable[..., Any] | None:
-        """Find the method that makes features of a modality, of the model or of the outermost module that has it."""
-        name = f"get_{modality}_features"
-        return next((getattr(module, name) for module in self.model.modules() if hasattr(module, name)), None)
+        """Find the method that makes features of a modality, the outermost that does not just hand on `**kwargs`."""
+        methods = (getattr(module, f"get_{modality}_features", None) for module in self.model.modules())
+        return next((method for method in methods if method is not None and name_parameters(method)), None)
 
     def find_tower(self, name: str) -> nn.Module | None:
         """Find the outermost module that takes an argument of a name, and no text with it."""
         for module in self.model.modules():
-            parameters = inspect.signature(module.forward).parameters
-            if name in parameters and not _TOKENS & parameters.keys():
+            names = name_parameters(module.forward).keys()
+            if name in names and not _TOKENS & names:
                 return module
         return None
 
@@ -89,6 +89,12 @@ def walk_configs(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             yield from walk_configs(value, f"{path}.{name}")
+
+
+def name_parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """The names of a function's parameters, each with whether it cannot do without."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def make_noise(*shape: int) -> torch.Tensor:
@@ -112,7 +118,8 @@ def make_images(taker: Taker) -> list[Inputs]:
     if patches:
         return patches
     get_features = taker.find_features("image")
-    features = {} if get_features is None else inspect.signature(get_features).parameters
+    features = {} if get_features is None else name_parameters(get_features)
+    is_tiled = "pixel_attention_mask" in {*taker.names, *features}
     height, width = _image_size(taker)
     points = taker.find(("image_grid_pinpoints",))  # sizes of whole images, which are cut into tiles
     size = min(points, key=math.prod) if points else (height, width)
@@ -123,15 +130,15 @@ def make_images(taker: Taker) -> list[Inputs]:
         leading = (1, 1, several)
     elif frames and "pixel_values_videos" not in taker.names:
         leading = (1, frames)
-    elif tiles > 1 or {"image_attention_mask", "pixel_attention_mask"} & {*taker.names, *features}:
+    elif points or is_tiled or taker.find(("cross_layer_interval",)):
         leading = (1, tiles)
     image = _pixels((*leading, taker.find_size(_CHANNELS, 3, "vision"), height, width))
     image["high_res_pixel_values"] = _pixels((1, 3, *_image_size(taker, "high_res")))["image"]
     image["aspect_ratio_ids"] = torch.ones(1, 1, dtype=torch.long)
     image["aspect_ratio_mask"] = torch.ones(1, 1, several, dtype=torch.long)
-    if "image_sizes" in (*taker.required, *_find_required(features)) or points:
+    if "image_sizes" in taker.required or features.get("image_sizes") or points:
         image["image_sizes"] = torch.tensor([size])
-    if "pixel_attention_mask" in {*taker.names, *features}:
+    if is_tiled:
         masks = [torch.ones(1, tiles, *shape, dtype=torch.bool) for shape in ((height, width), ())]
         return [{**image, "pixel_attention_mask": mask} for mask in masks]
     weight = _patch_weight(taker.model)
@@ -154,7 +161,7 @@ def make_features(taker: Taker) -> list[Inputs]:
     names = [name for name in ("input_features", "audio_mel") if name in taker.names]
     if not names or taker.lacks("audio"):
         return []
-    if taker.find_tower(names[0]) is not None or taker.find_features("audio") is not None:
+    if any((taker.find(_MEL_BINS, "audio"), taker.find_tower(names[0]), taker.find_features("audio"))):
         return _make_spectrograms(taker, names[0])
     hidden = taker.find_size(("hidden_size", "d_model"), 1)
     return [] if "input_values" in taker.names else [{names[0]: make_noise(1, 16, hidden)}]
@@ -200,12 +207,6 @@ def make_series(taker: Taker) -> Inputs:
         series["future_values"] = make_noise(1, future, *shape[1:])
         series["future_time_features"] = make_noise(1, future, features)
     return series
-
-
-def _find_required(parameters: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            yield name
 
 
 def _pixels(shape: tuple[int, ...]) -> Inputs:

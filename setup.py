@@ -18,7 +18,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["hf_slim", "hf_slim.*"]),
+    packages=[*find_packages(include=["hf_slim", "hf_slim.*"]), "hf_slim_command"],
+    package_dir={"hf_slim_command": "hf_slim/cli/hf_slim_command"},
     package_data={"hf_slim": ["py.typed", "saving/templates/*", "cli/metrics/*/*.py"]},
     python_requires=">=3.10",
     install_requires=[
@@ -35,7 +36,7 @@ setup(
         "integrations": INTEGRATIONS,
         "deepspeed": ["deepspeed", "ninja"],
     },
-    entry_points={"console_scripts": ["hf-slim = hf_slim.cli:main"]},
+    entry_points={"console_scripts": ["hf-slim = hf_slim_command:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

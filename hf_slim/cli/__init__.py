@@ -1,3 +1,3 @@
-"""The `hf-slim` command: a file for each subcommand, imported with it, so that the usage is printed at once."""
+"""The `hf-slim` command: a file for each subcommand, imported when it is run, so that the usage is printed at once."""
 
-from .command import main
+from .hf_slim_command import main

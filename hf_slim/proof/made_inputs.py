@@ -1,15 +1,13 @@
 """Inputs for a model, made from its config, its modules and the signature of its forward pass.
 
 Where these do not say which of several shapes an input has (spectrograms are `[mel bins, frames]` in one model and
-`[frames, mel bins]` in another), the first shape that the model runs on is taken.
+`[frames, mel bins]` in another), the first shape that the tower for this input runs on is taken.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,17 +15,20 @@ import numpy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_torchvision_available
 
 from ..parallel import find_device
 from .made_media import (
     SEED,
     Inputs,
     Taker,
-    make_audio,
+    make_features,
     make_images,
     make_noise,
     make_series,
     make_videos,
+    make_waves,
+    name_parameters,
     walk_configs,
 )
 from .module_state import leaving
@@ -46,6 +47,7 @@ RUN_ERRORS = (
 """What a model raises on inputs that it cannot take."""
 
 _MODALITIES = ("text", "image", "video", "audio")
+_MAKERS = (("image", make_images), ("video", make_videos), ("audio", make_features), ("audio", make_waves))
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 _QUERIES = ("num_query_tokens", "latent_query_num")
 
@@ -88,29 +90,34 @@ def make_inputs(model: PreTrainedModel) -> Inputs:
             a batch.
     """
     example = _Example(model)
+    texts = example.make()
+    missing = next((name for name in example.required if name not in texts[0]), None)
+    if missing is not None:
+        raise ValueError(
+            f"{type(model).__name__} takes {missing}, for which no input can be made: pass a batch of yours, "
+            f"verify={{'{missing}': ...}}, or verify=False."
+        )
+    place, _, error = _find_running(model, model, texts)
+    if error is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot run on any input that was made for it: on {describe(texts[0])}: {error} "
+            "Pass a batch of yours, verify={...}, or verify=False."
+        ) from error
+    return texts[place]
+
+
+def _find_running(
+    model: PreTrainedModel, function: Callable[..., Any], variants: Sequence[Inputs]
+) -> tuple[int, Any, Exception | None]:
+    """Which is the first that a function of the model runs on, and what it gives; else 0 and the first error."""
     first: Exception | None = None
-    tried = unknown = ""
-    for inputs in example.candidates():
-        missing = next((name for name in example.required if name not in inputs), None)
-        if missing is not None:
-            unknown = missing
-            continue
+    for place, inputs in enumerate(variants):
         try:
             with evaluating(model):
-                model(**inputs)
+                return place, function(**inputs), None
         except RUN_ERRORS as error:
-            first, tried = first or error, tried or describe(inputs)
-        else:
-            return inputs
-    if first is None:
-        raise ValueError(
-            f"{type(model).__name__} takes {unknown}, for which no input can be made: pass a batch of yours, "
-            f"verify={{'{unknown}': ...}}, or verify=False."
-        )
-    raise ValueError(
-        f"{type(model).__name__} cannot run on any input that was made for it: on {tried}: {first} Pass a batch of "
-        "yours, verify={...}, or verify=False."
-    ) from first
+            first = first or error
+    return 0, None, first
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def _run_plainly(model: nn.Module) -> None:
     """Let compiled modules run as they are written: to compile them for one batch would take longer than to run it."""
     for module in model.modules():
         module.__dict__.pop("_compiled_call_impl", None)
-        original = module._modules.get("_orig_mod")
+        original = getattr(module, "_orig_mod", None)
         if original is not None:
             module.__dict__["forward"] = original.__call__
 
@@ -169,33 +176,43 @@ def describe(inputs: Mapping[str, Any]) -> str:
     )
 
 
-class _Example:
-    """The arguments of one model's forward pass: for each modality the variants that it may have, likeliest first."""
+class _Example(Taker):
+    """The arguments of one model's forward pass, decided for each modality by itself."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.config = model.config
-        parameters = inspect.signature(model.forward).parameters
-        self.names = frozenset(parameters)
-        self.required = tuple(_required(parameters))
-        self.taker = Taker(model, self.names, self.required)
-
-    def candidates(self) -> Iterator[Inputs]:
-        """Inputs that the model may run on."""
+    def make(self) -> list[Inputs]:
+        """Inputs for the model; the text in the forms that it may have, likeliest first."""
+        inputs = self._others()
         vectors: dict[str, int] = {}
-        parts: list[list[Inputs]] = [self._others()]
-        makers = {"image": make_images, "video": make_videos, "audio": make_audio}
-        for modality, make in makers.items():
-            variants = [variant for variant in make(self.taker) if self.names & variant.keys()]
-            get_features = _find_method(self.model, f"get_{modality}_features")
-            if variants and self._has_placeholders(modality):
-                vectors[modality] = self.taker.find_size(_QUERIES, 1)
-                if get_features is not None:
-                    variants, vectors[modality] = self._count_vectors(modality, variants, get_features)
-            parts.append(variants or [{}])
-        for text in self._texts(vectors):
-            for combination in itertools.product(*parts):
-                yield self._fit(self.names, {n: v for part in (*combination, text) for n, v in part.items()})
+        for modality, make in _MAKERS:
+            variants = [variant for variant in make(self) if self.names & variant.keys()]
+            if variants:
+                inputs |= self._decide(modality, variants, inputs, vectors)
+        return [self._fit(self.names, {**inputs, **text}) for text in self._texts(vectors)]
+
+    def _decide(self, modality: str, variants: list[Inputs], others: Inputs, vectors: dict[str, int]) -> Inputs:
+        """The variant that the tower of a modality runs on; how many vectors in the text it becomes is noted."""
+        has_places = self._placeholder(modality) is not None or f"{modality}_embeds_position_mask" in self.names
+        if has_places:
+            vectors[modality] = self.find_size(_QUERIES, 1)
+        get_features = self.find_features(modality) if has_places else None
+        tower = get_features or self.find_tower(next(name for name in variants[0] if name in self.names))
+        if tower is None or (get_features is None and len(variants) == 1):
+            return variants[0]
+        names = name_parameters(getattr(tower, "forward", tower))
+        fitting = [self._fit(names, {**others, **variant}) for variant in variants]
+        place, features, error = _find_running(self.model, tower, fitting)
+        if get_features is None:
+            return variants[place]
+        if error is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no {modality} that could be made for it: on "
+                f"{describe(fitting[0])}: {error} Pass a batch of yours, verify={{...}}, or verify=False."
+            ) from error
+        found = getattr(features, "pooler_output", None)
+        found = features if isinstance(features, torch.Tensor) else features[0] if found is None else found
+        count = sum(tensor.numel() // tensor.shape[-1] for tensor in _tensors(found))
+        vectors[modality] = self.find_size(_QUERIES, count)
+        return fitting[place]
 
     def _fit(self, names: Collection[str], inputs: Inputs) -> Inputs:
         """Those inputs that a function takes, on the device and in the dtype of the model."""
@@ -204,49 +221,22 @@ class _Example:
 
     def _placeholder(self, modality: str) -> int | None:
         words = [modality, f"{modality}_context"]
-        token = self.taker.find([f"{word}_token_{end}" for word in words for end in ("id", "index")])
-        return token if token is not None else (self.taker.find(("vocabulary_map",)) or {}).get(f"<{modality}>")
-
-    def _has_placeholders(self, modality: str) -> bool:
-        return self._placeholder(modality) is not None or f"{modality}_embeds_position_mask" in self.names
-
-    def _count_vectors(
-        self, modality: str, variants: list[Inputs], get_features: Callable[..., Any]
-    ) -> tuple[list[Inputs], int]:
-        """The first variant that the model takes features from, and how many vectors in its text they become."""
-        names = inspect.signature(get_features).parameters
-        first: Exception | None = None
-        for variant in variants:
-            inputs = self._fit(names, variant)
-            try:
-                with evaluating(self.model):
-                    features = get_features(**inputs)
-            except RUN_ERRORS as error:
-                first = first or error
-                continue
-            found = getattr(features, "pooler_output", None)
-            found = features if isinstance(features, torch.Tensor) else features[0] if found is None else found
-            count = sum(tensor.numel() // tensor.shape[-1] for tensor in _tensors(found))
-            return [variant], self.taker.find_size(_QUERIES, count)
-        raise ValueError(
-            f"{type(self.model).__name__} takes no {modality} that could be made for it: on "
-            f"{describe(self._fit(names, variants[0]))}: {first} Pass a batch of yours, verify={{...}}, or "
-            "verify=False."
-        ) from first
+        token = self.find([f"{word}_token_{end}" for word in words for end in ("id", "index")])
+        return token if token is not None else (self.find(("vocabulary_map",)) or {}).get(f"<{modality}>")
 
     def _texts(self, vectors: dict[str, int]) -> Iterator[Inputs]:
         text = self._text(vectors)
         yield text
+        if "decoder_input_ids" in self.names and not vectors:
+            yield {"decoder_input_ids": text["decoder_input_ids"]}
         if "input_ids" in self.names:
             mask = torch.ones_like(text["input_ids"])
             yield {**text, "attention_mask": mask, "image_attention_mask": mask[..., None]}
             yield {name: value.unsqueeze(1).repeat_interleave(2, 1) for name, value in text.items()}
-        if "decoder_input_ids" in self.names and not vectors:
-            yield {"decoder_input_ids": text["decoder_input_ids"]}
 
     def _text(self, vectors: dict[str, int]) -> Inputs:
         """Token ids, with placeholders in the middle, and what goes with each token."""
-        config = self.config.get_text_config(encoder=True if self.config.is_encoder_decoder else None)
+        config = self.model.config.get_text_config(encoder=True if self.model.config.is_encoder_decoder else None)
         positions = next((p for n in _POSITIONS if (p := getattr(config, n, None)) is not None and p > 0), 2 * LENGTH)
         ids = self._random_ids(config, min(LENGTH, positions // 2))
         half = ids.shape[1] // 2
@@ -256,7 +246,7 @@ class _Example:
         zeros = torch.zeros_like(ids)
         kinds = torch.cat([zeros[:, :half], *types, zeros[:, half:]], dim=1)
         place = torch.arange(kinds.shape[1])
-        tiles = self.taker.find_size(("max_num_tiles",), 1, "vision")
+        tiles = self.find_size(("max_num_tiles",), 1, "vision")
         return {
             "input_ids": torch.cat([ids[:, :half], *middle, ids[:, half:]], dim=1),
             "mm_token_type_ids": kinds,
@@ -275,8 +265,8 @@ class _Example:
     def _random_ids(self, config: PreTrainedConfig, length: int) -> torch.Tensor:
         """Ordinary tokens, with the end token at the end, where classification heads look for it."""
         tables = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding))
-        size = getattr(config, "vocab_size", None) or self.taker.find_size(("vocab_size",), next(tables, 256))
-        special = {token for _, part in walk_configs(self.config) for token in _special_ids(part)}
+        size = getattr(config, "vocab_size", None) or self.find_size(("vocab_size",), next(tables, 256))
+        special = {token for _, part in walk_configs(self.model.config) for token in _special_ids(part)}
         ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(SEED))]
         end = getattr(config, "eos_token_id", None)
@@ -284,29 +274,23 @@ class _Example:
             ids[:, -1] = end
         return ids
 
-    def _others(self) -> list[Inputs]:
-        """What belongs to no modality; with prompts, and without those that are not needed."""
-        others = make_series(self.taker)
+    def _others(self) -> Inputs:
+        """What belongs to no modality."""
+        others = make_series(self)
         for name, shape in _SHAPES.items():
-            sizes = [size if isinstance(size, int) else self.taker.find_size((size,), 0) for size in shape]
+            sizes = [size if isinstance(size, int) else self.find_size((size,), 0) for size in shape]
             if all(sizes) and (name in self.required or name not in _STAND_INS):
                 others[name] = make_noise(*sizes)
-        others["task_inputs"] = torch.ones(1, self.taker.find_size(("task_seq_len",), LENGTH), dtype=torch.long)
+        others["task_inputs"] = torch.ones(1, self.find_size(("task_seq_len",), LENGTH), dtype=torch.long)
         others["timesteps"] = torch.arange(LENGTH)[None]
         others["lang_ids"] = torch.zeros(1, dtype=torch.long)
         others["classes_structure"] = torch.ones(1, dtype=torch.long)
         others["entity_ids"] = torch.ones(1, 2, dtype=torch.long)
         others["entity_position_ids"] = torch.arange(2).view(1, 2, 1)
-        if "input_boxes" not in self.names or "input_points" in self.names:
-            return [others]
-        boxes = {"input_boxes": torch.full((1, 1, 4), 0.5), "input_boxes_labels": torch.ones(1, 1, dtype=torch.long)}
-        return [{**others, **boxes}, others]
-
-
-def _required(parameters: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            yield name
+        if "input_points" not in self.names and is_torchvision_available():  # which cuts out what is in the boxes
+            others["input_boxes"] = torch.full((1, 1, 4), 0.5)
+            others["input_boxes_labels"] = torch.ones(1, 1, dtype=torch.long)
+        return others
 
 
 def _special_ids(config: PreTrainedConfig) -> Iterator[int]:
@@ -315,11 +299,6 @@ def _special_ids(config: PreTrainedConfig) -> Iterator[int]:
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(number, int):
                     yield number
-
-
-def _find_method(model: nn.Module, name: str) -> Callable[..., Any] | None:
-    """The method of the model, or of the outermost module in it that has it."""
-    return next((getattr(module, name) for module in model.modules() if hasattr(module, name)), None)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 SEED = 0
 Inputs = dict[str, torch.Tensor]
 
-_IMAGE_SIZES = ("image_size", "img_size", "input_size", "pretrain_image_size")
+_IMAGE_SIZES = ("image_size", "img_size", "input_size", "pretrain_image_size", "max_img_size")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _FRAMES = ("num_frames", "frames_per_clip")
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "window_kernel_size")
@@ -28,27 +28,21 @@ _MEL_BINS = (
     "feature_size",
 )
 _PIXELS = ("pixel_values", "hidden_states", "patch_embeds", "flattened_patches", "image")
-_GRIDS = (
-    "image_grid_thw",
-    "grid_thw",
-    "spatial_shapes",
-    "target_sizes",
-    "image_position_ids",
-    "pixel_position_ids",
-    "flattened_patches",
-)
-_IMAGE_SIDES = (64, 128, 256)
-_SAMPLES = (4800, 19200)
-_MEL_FRAMES = (128, 200)
+_TOKENS = {"input_ids", "decoder_input_ids"}
+_SIDE = 128  # of an image, in pixels, where the config does not say it
+_MEL_FRAMES = 128
+_SAMPLES = 19200
 
 
-@dataclass(frozen=True)
 class Taker:
     """A model, the arguments that its forward pass takes, and those of them that it cannot do without."""
 
-    model: PreTrainedModel
-    names: frozenset[str]
-    required: tuple[str, ...]
+    def __init__(self, model: PreTrainedModel) -> None:
+        """See the class."""
+        parameters = name_parameters(model.forward)
+        self.model = model
+        self.names = parameters.keys()
+        self.required = [name for name, is_required in parameters.items() if is_required]
 
     def find(self, fields: Sequence[str], word: str = "") -> Any:
         """Look up a field of the config.
@@ -70,6 +64,19 @@ class Taker:
         value = value[0] if isinstance(value, (list, tuple)) and value else value
         return value if isinstance(value, int) and value > 0 else default
 
+    def find_features(self, modality: str) -> Callable[..., Any] | None:
+        """Find the method that makes features of a modality, the outermost that does not just hand on `**kwargs`."""
+        methods = (getattr(module, f"get_{modality}_features", None) for module in self.model.modules())
+        return next((method for method in methods if method is not None and name_parameters(method)), None)
+
+    def find_tower(self, name: str) -> nn.Module | None:
+        """Find the outermost module that takes an argument of a name, and no text with it."""
+        for module in self.model.modules():
+            names = name_parameters(module.forward).keys()
+            if name in names and not _TOKENS & names:
+                return module
+        return None
+
     def lacks(self, tower: str) -> bool:
         """Whether the config says that this model comes without a tower that its class has."""
         key = f"{tower}_config"
@@ -82,6 +89,12 @@ def walk_configs(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             yield from walk_configs(value, f"{path}.{name}")
+
+
+def name_parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """The names of a function's parameters, each with whether it cannot do without."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def make_noise(*shape: int) -> torch.Tensor:
@@ -101,30 +114,35 @@ def make_images(taker: Taker) -> list[Inputs]:
     """
     if not set(_PIXELS) & taker.names or taker.lacks("vision"):
         return []
-    channels = taker.find_size(_CHANNELS, 3, "vision")
-    frames = taker.find_size(_FRAMES, 2, "vision")
-    variants = _make_patches(taker, "image", ("pixel_values", "hidden_states", "patch_embeds"))
-    high = _image_sizes(taker, "high_res")[0]
-    for height, width in _image_sizes(taker):
-        size, tiles = _tile(taker, height, width)
-        one, many = (1, channels, height, width), (1, tiles, channels, height, width)
+    patches = _make_patches(taker, "image", ("pixel_values", "hidden_states", "patch_embeds"))
+    if patches:
+        return patches
+    get_features = taker.find_features("image")
+    features = {} if get_features is None else name_parameters(get_features)
+    is_tiled = "pixel_attention_mask" in {*taker.names, *features}
+    height, width = _image_size(taker)
+    points = taker.find(("image_grid_pinpoints",))  # sizes of whole images, which are cut into tiles
+    size = min(points, key=math.prod) if points else (height, width)
+    tiles = 1 + math.ceil(size[0] / height) * math.ceil(size[1] / width) if points else 1
+    frames, several = taker.find_size(_FRAMES, 0, "vision"), taker.find_size(("max_num_tiles",), 1, "vision")
+    leading: tuple[int, ...] = (1,)
+    if "aspect_ratio_ids" in taker.names:
+        leading = (1, 1, several)
+    elif frames and "pixel_values_videos" not in taker.names:
+        leading = (1, frames)
+    elif points or is_tiled or taker.find(("cross_layer_interval",)):
+        leading = (1, tiles)
+    image = _pixels((*leading, taker.find_size(_CHANNELS, 3, "vision"), height, width))
+    image["high_res_pixel_values"] = _pixels((1, 3, *_image_size(taker, "high_res")))["image"]
+    image["aspect_ratio_ids"] = torch.ones(1, 1, dtype=torch.long)
+    image["aspect_ratio_mask"] = torch.ones(1, 1, several, dtype=torch.long)
+    if "image_sizes" in taker.required or features.get("image_sizes") or points:
+        image["image_sizes"] = torch.tensor([size])
+    if is_tiled:
         masks = [torch.ones(1, tiles, *shape, dtype=torch.bool) for shape in ((height, width), ())]
-        several = taker.find_size(("max_num_tiles",), 1, "vision")
-        variants += [
-            {**_pixels(one), "high_res_pixel_values": make_noise(1, channels, *high)},
-            {**_pixels(one), "image_sizes": size},
-            *({**_pixels(many), "image_sizes": size, "pixel_attention_mask": mask} for mask in masks),
-            _pixels((1, frames, channels, height, width)),
-            {
-                **_pixels((1, 1, several, channels, height, width)),
-                "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(1, 1, several, dtype=torch.long),
-            },
-        ]
+        return [{**image, "pixel_attention_mask": mask} for mask in masks]
     weight = _patch_weight(taker.model)
-    if weight is not None and weight.dim() == 2:
-        variants += [_pixels((16, weight.shape[1])), _pixels((1, 16, weight.shape[1]))]
-    return variants
+    return [image] if weight is None or weight.dim() > 2 else [image, _pixels((16, weight.shape[1]))]
 
 
 def make_videos(taker: Taker) -> list[Inputs]:
@@ -134,30 +152,31 @@ def make_videos(taker: Taker) -> list[Inputs]:
     if "pixel_values_videos" not in taker.names or not needed or taker.lacks("vision"):
         return []
     channels, frames = taker.find_size(_CHANNELS, 3, "vi"), taker.find_size(_FRAMES, 2, "vi")
-    whole = [{"pixel_values_videos": make_noise(1, frames, channels, *size)} for size in _image_sizes(taker)]
-    return [*_make_patches(taker, "video", ("pixel_values_videos",)), *whole]
+    whole = {"pixel_values_videos": make_noise(1, frames, channels, *_image_size(taker))}
+    return _make_patches(taker, "video", ("pixel_values_videos",)) or [whole]
 
 
-def make_audio(taker: Taker) -> list[Inputs]:
-    """One sound, as a spectrogram or as a wave; see `make_images`."""
-    if taker.lacks("audio"):
-        return []
+def make_features(taker: Taker) -> list[Inputs]:
+    """One sound as a spectrogram, or as vectors for an encoder that takes those; see `make_images`."""
     names = [name for name in ("input_features", "audio_mel") if name in taker.names]
-    variants = [variant for name in names for variant in _make_spectrograms(taker, name)]
+    if not names or taker.lacks("audio"):
+        return []
+    if any((taker.find(_MEL_BINS, "audio"), taker.find_tower(names[0]), taker.find_features("audio"))):
+        return _make_spectrograms(taker, names[0])
     hidden = taker.find_size(("hidden_size", "d_model"), 1)
-    variants += [{name: make_noise(1, 16, hidden)} for name in names]
-    if "input_values" not in taker.names:
-        return variants
-    values = list(_make_spectrograms(taker, "input_values")) if taker.find(_MEL_BINS, "audio") else []
-    for samples in _SAMPLES:
-        mask = torch.ones(1, samples, dtype=torch.long)
-        for shape in ((1,), (1, 1)):
-            wave = {"input_values": make_noise(*shape, samples)}
-            values += [wave, {**wave, "padding_mask": mask, "input_values_cutoffs": torch.tensor([[samples]])}]
-    values.append({"input_values": make_noise(1, 16, hidden)})
-    if "input_values" in taker.required:
-        return [{**features, **value} for features in variants or [{}] for value in values]
-    return [*variants, *values]
+    return [] if "input_values" in taker.names else [{names[0]: make_noise(1, 16, hidden)}]
+
+
+def make_waves(taker: Taker) -> list[Inputs]:
+    """One sound as a wave, or as a spectrogram of that name; see `make_images`."""
+    if "input_values" not in taker.names or taker.lacks("audio"):
+        return []
+    convolutions = [module for module in taker.model.modules() if isinstance(module, nn.Conv1d)]
+    if taker.find(_MEL_BINS, "audio") and not any(module.in_channels == 1 for module in convolutions):
+        return _make_spectrograms(taker, "input_values")
+    mask, ends = torch.ones(1, _SAMPLES, dtype=torch.long), torch.tensor([[_SAMPLES]])
+    shapes = ((1, _SAMPLES), (1, 1, _SAMPLES))
+    return [{"input_values": make_noise(*s), "padding_mask": mask, "input_values_cutoffs": ends} for s in shapes]
 
 
 def make_series(taker: Taker) -> Inputs:
@@ -170,9 +189,8 @@ def make_series(taker: Taker) -> Inputs:
         taker.find((f"num_{kind}_features",)) or 0 for kind in ("time", "static_real", "static_categorical")
     )
     columns = taker.find(("num_input_channels",))
-    columns = (
-        columns if columns is not None or taker.find_size(("input_size",), 1) == 1 else taker.find(("input_size",))
-    )
+    if columns is None and taker.find_size(("input_size",), 1) > 1:
+        columns = taker.find(("input_size",))
     shape = (history,) if columns is None else (history, columns)
     series = {
         "past_values": make_noise(1, *shape),
@@ -195,52 +213,43 @@ def _pixels(shape: tuple[int, ...]) -> Inputs:
     return dict.fromkeys(("pixel_values", "image", "prompt_pixel_values", "prompt_masks"), make_noise(*shape))
 
 
-def _image_sizes(taker: Taker, word: str = "vision") -> list[tuple[int, int]]:
-    size = taker.find(_IMAGE_SIZES, word)
-    if isinstance(size, int):
-        return [(size, size)]
+def _image_size(taker: Taker, word: str = "vision") -> tuple[int, int]:
+    size = taker.find(_IMAGE_SIZES, word) or _SIDE
     if isinstance(size, dict):
-        return [(size["height"], size["width"])]
-    return [(size[0], size[-1])] if size else [(side, side) for side in _IMAGE_SIDES]
-
-
-def _tile(taker: Taker, height: int, width: int) -> tuple[torch.Tensor, int]:
-    """The size of a whole image, and the number of tiles that it is cut into where tiles have this size."""
-    points = taker.find(("image_grid_pinpoints",))
-    if not points:
-        return torch.tensor([[height, width]]), 1
-    size = min(points, key=math.prod)
-    return torch.tensor([size]), 1 + math.ceil(size[0] / height) * math.ceil(size[1] / width)
+        return size["height"], size["width"]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def _make_patches(taker: Taker, modality: str, names: tuple[str, ...]) -> list[Inputs]:
-    """Images cut into patches, for models that take a grid with them."""
+    """An image cut into patches, for models that take a grid with them; nothing for others."""
     weight = _patch_weight(taker.model)
-    if weight is None or not {*_GRIDS, f"{modality}_grid_thw"} & taker.names:
+    if weight is None:
         return []
     merge = taker.find_size(_MERGES, 2, "vision")
     side = 2 * max(merge, 2)
     grid = torch.tensor([[1, side, side]])
-    axis = torch.arange(side)
-    places = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(1, -1, 2)
-    flat = make_noise(1, side**2, weight[0].numel())
-    common = {
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1).view(1, -1, 2)
+    flat = make_noise(side**2, weight[0].numel())
+    grids = {
         "grid_thw": grid,
         f"{modality}_grid_thw": grid,
-        f"{modality}_merge_sizes": torch.tensor([merge]),
-        "merge_sizes": torch.tensor([merge]),
         "spatial_shapes": grid[:, 1:],
         "target_sizes": grid[:, 1:],
         "image_position_ids": places,
         "pixel_position_ids": places,
-        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.long),
-        "flattened_patches": torch.cat([places + 1, flat], dim=-1),
+        "flattened_patches": torch.cat([places + 1, flat[None]], dim=-1),
     }
-    shapes: list[tuple[int, ...]] = [(side**2, weight[0].numel()), (1, side**2, weight[0].numel())]
-    if weight.dim() > 2:
-        channels, *size = weight.shape[1:]
-        shapes += [(side**2, channels, *size), (1, channels, size[-1], side**2 * size[-1])]
-    return [{**common, **dict.fromkeys(names, make_noise(*shape))} for shape in shapes]
+    if not grids.keys() & taker.names:
+        return []
+    common = {
+        f"{modality}_merge_sizes": torch.tensor([merge]),
+        "merge_sizes": torch.tensor([merge]),
+        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.long),
+    }
+    forms = [flat[None] if "pixel_attention_mask" in taker.names else flat]
+    if weight.dim() == 4:
+        forms.append(flat.view(-1, *weight.shape[1:]))
+    return [{**dict.fromkeys(names, pixels), **grids, **common} for pixels in forms]
 
 
 def _patch_weight(model: nn.Module) -> torch.Tensor | None:
@@ -252,16 +261,26 @@ def _patch_weight(model: nn.Module) -> torch.Tensor | None:
     return None
 
 
-def _make_spectrograms(taker: Taker, name: str) -> Iterator[Inputs]:
-    positions = taker.find_size(("max_source_positions", "max_length"), 0, "audio")
-    window = taker.find_size(("n_window",), 0, "audio")
-    bins = taker.find_size(_MEL_BINS, 0, "audio")
-    for size in [bins] if bins else (80, 128):
-        for frames in filter(None, (*_MEL_FRAMES, 2 * window, 2 * positions, positions)):
-            mask = torch.ones(1, frames, dtype=torch.long)
-            masks = {"input_features_mask": mask, "feature_attention_mask": mask, "audio_mel_mask": mask == 0}
-            samples = torch.ones(1, 160 * frames, dtype=torch.long)
-            for shape in ((1, size, frames), (1, frames, size), (1, 1, frames, size)):
-                features = {name: make_noise(*shape)}
-                yield {**features, "is_longer": torch.zeros(1, 1, dtype=torch.bool)}
-                yield {**features, **masks, "padding_mask": samples}
+def _make_spectrograms(taker: Taker, name: str) -> list[Inputs]:
+    """A spectrogram in each layout that there is: nothing in a model says which is its own."""
+    bins = taker.find_size(_MEL_BINS, 80, "audio")
+    frames = _count_frames(taker)
+    mask = torch.ones(1, frames, dtype=torch.long)
+    common = {
+        "input_features_mask": mask,
+        "feature_attention_mask": mask,
+        "audio_mel_mask": mask == 0,
+        "padding_mask": torch.ones(1, 160 * frames, dtype=torch.long),
+        "is_longer": torch.zeros(1, 1, dtype=torch.bool),
+    }
+    shapes = (1, bins, frames), (1, frames, bins), (1, 1, frames, bins)
+    return [{name: make_noise(*shape), **common} for shape in shapes]
+
+
+def _count_frames(taker: Taker) -> int:
+    """As many as a model with a table of positions takes, after two convolutions of which one halves them."""
+    positions = taker.find_size(("max_source_positions",), 0, "audio")
+    tables = [module.num_embeddings for module in taker.model.modules() if isinstance(module, nn.Embedding)]
+    if positions in tables:
+        return 2 * positions
+    return taker.find_size(("max_length",), 4 * taker.find_size(("n_window",), _MEL_FRAMES // 4, "audio"), "audio")

@@ -281,9 +281,8 @@ def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]
 def _loaded(folder: Path, slim: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model of a folder, on the device of another, or spread and offloaded as that one is."""
     stock: Any = find_stock_class(slim)
-    load = partial(
-        stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=slim.config._attn_implementation
-    )
+    attention = slim.config._attn_implementation_internal
+    load = partial(stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=attention)
     if not is_dispatched(slim):
         yield load().to(slim.device)
         return

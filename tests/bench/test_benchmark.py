@@ -10,7 +10,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfi
 from hf_slim.bench.flags import PARTS, BenchArguments, Sparsity
 from hf_slim.bench.shapes import SHAPES, count_flops, make_cases
 from hf_slim.bench.tables import find_growth
-from hf_slim.cli.command import main
+from hf_slim.cli import main
 
 WIDTH, CHANNELS, HEADS, LAYERS, WORDS, POSITIONS = 32, 128, 4, 2, 99, 16
 BATCH, LENGTH, LABELS = 2, 8, 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from hf_slim.cli.command import main as hf_slim
+from hf_slim.cli import main as hf_slim
 
 BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 GPT2 = GPT2Config(n_embd=128, n_layer=4, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

@@ -18,7 +18,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_slim.cli.command import main
+from hf_slim.cli import main
 from hf_slim.saving.report import count_bytes, count_parameters
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_slim.cli.command import main
+from hf_slim.cli import main
 from hf_slim.cli.demo import write_demo
 from hf_slim.cli.tokenizer import load_tokenizer
 

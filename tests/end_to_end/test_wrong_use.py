@@ -24,7 +24,7 @@ from hf_slim import (
     save_slimmed,
 )
 from hf_slim.arguments import place_steps
-from hf_slim.cli.command import main
+from hf_slim.cli import main
 from hf_slim.compaction.compact import compact_model
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError

@@ -39,7 +39,7 @@ CASES = {
     "wav2vec2": (
         "Wav2Vec2ForCTC",
         transformers.Wav2Vec2Config(**TEXT, **SPEECH, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
-        "input_values (1, 4800)",
+        "input_values (1, 19200)",
     ),
     "whisper": (
         "WhisperForConditionalGeneration",

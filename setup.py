@@ -27,6 +27,7 @@ setup(
         "accelerate",
         "datasets",
         "evaluate",
+        "rich",
     ],
     extras_require={
         "test": TEST,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..saving import format_table
+from ..saving import render_table
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -181,7 +181,7 @@ def format_text(results: Mapping[str, Records]) -> str:
     Returns:
         The tables with their titles.
     """
-    return "\n\n".join(f"{title}\n\n{format_table(rows, left=3)}" for title, rows in _make_tables(results))
+    return "\n\n".join(f"{title}\n\n{render_table(rows, left=3)}" for title, rows in _make_tables(results))
 
 
 def format_markdown(results: Mapping[str, Records]) -> str:

@@ -2,16 +2,16 @@
 
 from .latency import time_alternately, time_call, wait_for, without_bars
 from .remote_code import portable
-from .report import SlimReport, count_bytes, count_parameters, format_table, measure_latency
+from .report import SlimReport, count_bytes, count_parameters, measure_latency, render_table
 from .save import save_slimmed
 
 __all__ = [
     "SlimReport",
     "count_bytes",
     "count_parameters",
-    "format_table",
     "measure_latency",
     "portable",
+    "render_table",
     "save_slimmed",
     "time_alternately",
     "time_call",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["matplotlib"]
+BENCH = ["matplotlib", "psutil"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "ipykernel"]

@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         ValueError: If an argument, a file or a column does not fit.
-        RuntimeError: If matplotlib is not installed, which bench needs.
-        SystemExit: After help, or with a message about the usage.
+        SystemExit: After help, or with a message about the usage or what bench needs and is not installed.
     """
     parser = argparse.ArgumentParser(
         prog="hf-slim",
@@ -44,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     # The commands are imported now, so that the usage is printed without the seconds that this takes.
     if chosen.command == "bench":
-        from ..bench import BenchArguments, run_bench
-
+        try:
+            from ..bench import BenchArguments, run_bench
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            raise SystemExit(f'hf-slim bench needs {package}: pip install "hf-slim[bench]"') from error
         print(f"\n{run_bench(*_parse(chosen.flags, 'hf-slim bench', BenchArguments))}")
         return 0
     from .run import run

@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 BENCH = ["matplotlib", "psutil"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
-TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "ipykernel"]
+LINTERS = ["ruff", "mypy", "pre-commit"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
 TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna", "tensorboard"]
 
@@ -24,9 +25,9 @@ setup(
     install_requires=[
         "torch>=2.4",
         "transformers>=5,<6",
-        "accelerate",
-        "datasets",
-        "evaluate",
+        "accelerate>=1.7",
+        "datasets>=4",
+        "evaluate>=0.4.6",
         "rich",
     ],
     extras_require={

@@ -23,7 +23,7 @@ setup(
     package_data={"hf_slim": ["py.typed", "saving/templates/*", "cli/metrics/*/*.py"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "transformers>=5,<6",
         "accelerate>=1.7",
         "datasets>=4",

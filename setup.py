@@ -4,10 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["matplotlib"]
+BENCH = ["matplotlib", "psutil"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
-TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "ipykernel"]
+LINTERS = ["ruff", "mypy", "pre-commit"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
 TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna", "tensorboard"]
 
@@ -23,11 +24,12 @@ setup(
     package_data={"hf_slim": ["py.typed", "saving/templates/*", "cli/metrics/*/*.py"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "transformers>=5,<6",
-        "accelerate",
-        "datasets",
-        "evaluate",
+        "accelerate>=1.7",
+        "datasets>=4",
+        "evaluate>=0.4.6",
+        "rich",
     ],
     extras_require={
         "test": TEST,

@@ -5,14 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import transformers
-from transformers import PreTrainedModel
 
-import hf_slim  # noqa: F401
+# Read when PyTorch and tokenizers are imported, here, in the workers and in the processes that tests start. Tiny
+# models gain nothing from more threads, and threads that spin while they wait make them several times slower on a busy
+# machine.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where others use the cores
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+import hf_slim  # noqa: E402, F401
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXT = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -25,7 +25,7 @@ from verdict import half_masks
 from hf_slim import SlimTrainerCallback, SlimTrainingArguments, find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError
-from hf_slim.saving.report import format_table
+from hf_slim.saving.report import render_table
 
 VERDICTS = ("skipped", "exact", "refused", "kept as zeros", "warned of", "WRONG")
 """What may become of an odd module: nothing looks like a structure; it computes the same; `VerificationError`; live
@@ -188,7 +188,7 @@ def main() -> None:
                 wrong += [(name, route, is_blind)] * (found == "WRONG")
             kind = "PreTrainedModel" if pretrained else "module"
             rows.append((route, kind, "blind" if is_blind else "as it is", *(str(counts[v]) for v in VERDICTS)))
-    print(format_table(rows, left=3))
+    print(render_table(rows, left=3))
     print(*wrong, sep="\n")
     sys.exit(bool(wrong))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from .shapes import Case, make_cases
 from .tables import draw_speed_up, find_growth, format_markdown, format_text
 from .train_steps import measure_run, measure_train
 
-_PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+_PARTS: dict[str, Callable[[Case], Iterator[dict[str, Any]]]] = {
     "train": measure_train,
     "run": measure_run,
     "inference": measure_inference,
+    "times": measure_times,
     "memory": measure_memory,
 }
-"""What is measured for every size of a batch."""
+"""What is measured, of each case: `times` once, the others for every size of a batch."""
 
 
 def run_bench(arguments: BenchArguments) -> str:
@@ -50,9 +52,9 @@ def run_bench(arguments: BenchArguments) -> str:
     results: dict[str, list[dict[str, Any]]] = {part: [] for part in arguments.parts}
     tasks = list(_make_tasks(cases, arguments))
     with logging.tqdm(tasks, desc="Bench") as bar:
-        for part, what, measure in bar:
-            bar.set_postfix_str(f"{part}, {what}")
-            results[part] += measure()
+        for part, case in bar:
+            bar.set_postfix_str(f"{part}, {case}")
+            results[part] += _PARTS[part](case)
             _write_json(folder / "bench.json", results, arguments)  # what is there if a later one fails
     results["growth"] = find_growth(results)
     _write_json(folder / "bench.json", results, arguments)
@@ -67,19 +69,12 @@ def run_bench(arguments: BenchArguments) -> str:
     return f"{format_text(results)}\n\nThe figures lie in {folder}: {', '.join(written)}"
 
 
-def _make_tasks(
-    cases: list[Case], arguments: BenchArguments
-) -> Iterator[tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]]:
+def _make_tasks(cases: list[Case], arguments: BenchArguments) -> Iterator[tuple[str, Case]]:
+    sizes = list(itertools.product(arguments.batch_sizes, arguments.sequence_lengths))
     for case in cases:
-        what = f"{case.name}, {case.config.num_hidden_layers} layers, {case.sparsity}"
         for part in dict.fromkeys(arguments.parts):
-            if part == "times":
-                yield part, what, partial(measure_times, case, arguments)
-                continue
-            for batch_size in arguments.batch_sizes:
-                for length in arguments.sequence_lengths:
-                    measure = partial(_PARTS[part], case, batch_size, length, arguments)
-                    yield part, f"{what}, {batch_size} x {length}", measure
+            for batch_size, length in [(0, 0)] if part == "times" else sizes:
+                yield part, replace(case, batch_size=batch_size, length=length)
 
 
 def _write_json(path: Path, results: dict[str, list[dict[str, Any]]], arguments: BenchArguments) -> None:

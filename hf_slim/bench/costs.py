@@ -6,57 +6,44 @@ import copy
 import functools
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from ..compaction import model_slim
-from ..parallel import find_shards
 from ..saving import measure_latency, save_slimmed, time_alternately, time_call, without_bars
 from ..structures import find_structures, get_tensor
 from ..training import score_structures
-from .flags import BenchArguments
-from .memory import measure_first_parse, read_weights
-from .shapes import Case, build_masked, build_model, build_slim, count_flops, load_model, make_batch, slim_settings
+from .memory import read_weights, run_fresh
+from .shapes import Case, build_meta
 
 _COMPACTIONS = 3
 """Timed at most, since each needs a fresh masked model."""
 
 
-def measure_inference(case: Case, batch_size: int, length: int, arguments: BenchArguments) -> Iterator[dict[str, Any]]:
+def measure_inference(case: Case) -> Iterator[dict[str, Any]]:
     """Time a forward pass of the dense, the slim and a stock model, alternately.
 
     The stock model is built from the slim model's config alone. Where the config cannot express the shape by its own
     fields, the config holds the shape record, and the stock model is a fresh one of that shape.
 
     Args:
-        case: The case.
-        batch_size: Sequences in a batch.
-        length: Tokens in a sequence.
-        arguments: The flags.
+        case: The case, with the size of its batches.
 
     Yields:
         One record: median milliseconds of each, operations by count, and the fraction that is reached of the speed-up
         that the operations give.
     """
-    models = {
-        "dense": build_model(case.config, arguments),
-        "slim": build_slim(case, arguments),
-        "stock": build_model(case.slim_config, arguments),
-    }
-    batch = make_batch(case.config, batch_size, length, arguments.torch_device)
-    ms = measure_latency(models, {"input_ids": batch["input_ids"]}, repeats=arguments.repeats)
-    flops = count_flops(case.config, batch_size, length)
-    slim_flops = count_flops(case.slim_config, batch_size, length)
+    models = {"dense": case.build(), "slim": case.build_slim(), "stock": case.build(case.slim_config)}
+    ms = measure_latency(models, {"input_ids": case.make_batch()["input_ids"]}, repeats=case.arguments.repeats)
+    flops, slim_flops = case.count_flops(), case.count_flops(slim=True)
     speed_up = ms["dense"] / ms["slim"]
     yield {
-        **case.to_record(batch_size, length),
-        "dense_ms": ms["dense"],
-        "slim_ms": ms["slim"],
-        "stock_ms": ms["stock"],
+        **case.to_record(),
+        **{f"{name}_ms": value for name, value in ms.items()},
         "stock_from": "config" if case.is_stock else "config with shape record",
         "slim_over_stock": ms["slim"] / ms["stock"],
         "dense_flops": flops,
@@ -67,12 +54,11 @@ def measure_inference(case: Case, batch_size: int, length: int, arguments: Bench
     }
 
 
-def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, Any]]:
+def measure_times(case: Case) -> Iterator[dict[str, Any]]:
     """Time everything that happens once in a run, and compare it with what it cannot be faster than.
 
     Args:
         case: The case.
-        arguments: The flags.
 
     Yields:
         One record: seconds to find the structures, to score the units of all, to read all weights once, to compact, to
@@ -80,30 +66,12 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
         with reading the weights, which are mapped and read from the file when they are needed, beside the slim model's
         share of the bytes.
     """
-    device = arguments.torch_device
-    masked = build_masked(case, arguments)
-    structures, shards = find_structures(masked).structures, find_shards(masked)
-    criterion = slim_settings(case.sparsity).slim_criterion
-    for structure in structures:
-        for member in structure.outputs:
-            weight = get_tensor(masked, member.tensor)
-            weight.grad = torch.ones_like(weight)
-    times = time_alternately(
-        {
-            "parse": lambda: find_structures(masked),
-            "score": lambda: score_structures(masked, structures, criterion, shards),
-        },
-        repeats=arguments.repeats,
-        device=device,
-        desc="Parse, score",
-    )
-    masked.zero_grad()
-    times |= _time_compaction(case, masked, arguments)
-    times |= _time_files(case, masked, arguments)
+    masked = case.build_masked()
+    times = _time_search(case, masked) | _time_compaction(case, masked) | _time_files(case, masked)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     yield {
         **case.to_record(),
-        "first_parse_s": measure_first_parse(case, arguments),
+        "first_parse_s": run_fresh(time_first_parse, case.config),
         **{f"{name}_s": value for name, value in seconds.items()},
         "compact_over_read": seconds["compact"] / seconds["read"],
         "parameters": case.parameters,
@@ -114,45 +82,61 @@ def measure_times(case: Case, arguments: BenchArguments) -> Iterator[dict[str, A
     }
 
 
-def _time_compaction(case: Case, masked: nn.Module, arguments: BenchArguments) -> dict[str, list[float]]:
-    """Reading the weights in turn with compacting a fresh copy."""
-    device = arguments.torch_device
-    multiple = slim_settings(case.sparsity).slim_round_to
-    times: dict[str, list[float]] = {"read": [], "compact": []}
-    read_weights(masked)
-    for _ in range(min(arguments.repeats, _COMPACTIONS)):
-        model = copy.deepcopy(masked)
-        times["read"].append(time_call(functools.partial(read_weights, masked), device))
-        times["compact"].append(time_call(functools.partial(model_slim, model, multiple, verify=False), device))
+def time_first_parse(config: PreTrainedConfig) -> float:
+    """Time a search for structures, to be called in a process that has made none.
+
+    Args:
+        config: The config of the model.
+
+    Returns:
+        Seconds.
+    """
+    return time_call(functools.partial(find_structures, build_meta(config)), torch.device("cpu"))
+
+
+def _time_search(case: Case, masked: nn.Module) -> dict[str, list[float]]:
+    """Finding and scoring the structures."""
+    structures, shards = find_structures(masked).structures, find_shards(masked)
+    for structure in structures:
+        for member in structure.outputs:
+            weight = get_tensor(masked, member.tensor)
+            weight.grad = torch.ones_like(weight)
+    calls: dict[str, Callable[[], Any]] = {
+        "parse": lambda: find_structures(masked),
+        "score": lambda: score_structures(masked, structures, case.settings().slim_criterion, shards),
+    }
+    times = time_alternately(calls, repeats=case.arguments.repeats, device=case.device, desc="Parse, score")
+    masked.zero_grad()
     return times
 
 
-def _time_files(case: Case, masked: Any, arguments: BenchArguments) -> dict[str, list[float]]:
-    slim = build_slim(case, arguments)
-    repeats = min(arguments.repeats, _COMPACTIONS)
+def _time_compaction(case: Case, masked: nn.Module) -> dict[str, list[float]]:
+    """Reading the weights in turn with compacting a fresh copy."""
+    times: dict[str, list[float]] = {"read": [], "compact": []}
+    read_weights(masked)
+    for _ in range(min(case.arguments.repeats, _COMPACTIONS)):
+        model = copy.deepcopy(masked)
+        times["read"].append(time_call(functools.partial(read_weights, masked), case.device))
+        times["compact"].append(time_call(functools.partial(case.slim, model), case.device))
+    return times
+
+
+def _time_files(case: Case, masked: Any) -> dict[str, list[float]]:
+    slim, repeats = case.build_slim(), case.arguments.repeats
     with tempfile.TemporaryDirectory() as name, without_bars():
         dense_folder, slim_folder = Path(name, "dense"), Path(name, "slim")
-        times = time_alternately(
-            {
-                "save_dense": lambda: masked.save_pretrained(dense_folder),
-                "save_slim": lambda: slim.save_pretrained(slim_folder),
-                "save_slimmed": lambda: save_slimmed(masked, Path(name, "saved"), verify=False),
-            },
-            repeats=repeats,
-            device=arguments.torch_device,
-            desc="Save",
-            warm_up=1,
-        )
-        times |= time_alternately(
-            {
-                "load_dense": lambda: load_model(case, dense_folder, arguments),
-                "load_slim": lambda: load_model(case, slim_folder, arguments),
-                "load_read_dense": lambda: read_weights(load_model(case, dense_folder, arguments)),
-                "load_read_slim": lambda: read_weights(load_model(case, slim_folder, arguments)),
-            },
-            repeats=arguments.repeats,
-            device=arguments.torch_device,
-            desc="Load",
-            warm_up=1,
-        )
+        saving: dict[str, Callable[[], Any]] = {
+            "save_dense": lambda: masked.save_pretrained(dense_folder),
+            "save_slim": lambda: slim.save_pretrained(slim_folder),
+            "save_slimmed": lambda: save_slimmed(masked, Path(name, "saved"), verify=False),
+        }
+        loading: dict[str, Callable[[], Any]] = {
+            "load_dense": lambda: case.load(dense_folder),
+            "load_slim": lambda: case.load(slim_folder),
+            "load_read_dense": lambda: read_weights(case.load(dense_folder)),
+            "load_read_slim": lambda: read_weights(case.load(slim_folder)),
+        }
+        times: dict[str, list[float]] = {}
+        for desc, calls, rounds in (("Save", saving, min(repeats, _COMPACTIONS)), ("Load", loading, repeats)):
+            times |= time_alternately(calls, repeats=rounds, device=case.device, desc=desc, warm_up=1)
     return times

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,6 @@ class BenchArguments:
 
     Raises:
         ValueError: If a value is out of range; the message names the flag and quotes the value.
-        RuntimeError: If matplotlib, which draws the plot, is not installed.
     """
 
     models: list[str] = field(
@@ -97,18 +95,11 @@ class BenchArguments:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not os.access(parent, os.W_OK):
             raise ValueError(f"--output_dir {folder} is not writable; name another folder.")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise RuntimeError('hf-slim bench draws a plot with matplotlib: pip install "hf-slim[bench]"')
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of the weights."""
         return getattr(torch, self.dtype)
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where to measure."""
-        return torch.device(self.device)
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

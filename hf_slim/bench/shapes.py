@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -71,6 +72,9 @@ class Case:
         bytes: Bytes that the dense model saves.
         slim_bytes: Bytes that the slim model saves.
         removed: Fraction of the weights of all structures that the slim model lacks.
+        arguments: The flags: type, device, repeats.
+        batch_size: Sequences in a batch, 0 where there are no batches.
+        length: Tokens in a sequence.
     """
 
     name: str
@@ -83,16 +87,100 @@ class Case:
     bytes: int
     slim_bytes: int
     removed: float
+    arguments: BenchArguments
+    batch_size: int = 0
+    length: int = 0
+
+    def __str__(self) -> str:
+        """What tells this case from others, for the progress bar."""
+        size = f", {self.batch_size} x {self.length}" if self.batch_size else ""
+        return f"{self.name}, {self.config.num_hidden_layers} layers, {self.sparsity}{size}"
 
     @property
     def is_stock(self) -> bool:
         """Whether the config's own fields express the slim shape."""
         return not has_record(self.slim_config)
 
-    def to_record(self, batch_size: int | None = None, length: int | None = None) -> dict[str, Any]:
-        """What tells this case, and the size of its batches, from others, for JSON."""
-        size = {} if batch_size is None else {"batch_size": batch_size, "sequence_length": length}
+    @property
+    def device(self) -> torch.device:
+        """Where to measure."""
+        return torch.device(self.arguments.device)
+
+    def to_record(self) -> dict[str, Any]:
+        """What tells this case from others, for JSON."""
+        size = {"batch_size": self.batch_size, "sequence_length": self.length} if self.batch_size else {}
         return {"model": self.name, "layers": self.config.num_hidden_layers, "sparsity": str(self.sparsity), **size}
+
+    def settings(self, **changes: Any) -> SlimConfig:
+        """The settings that slim a model to this shape, with some fields changed."""
+        return _slim_settings(self.sparsity, **changes)
+
+    def build(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Build the dense model, or that of another config, from the config alone; the same weights each time."""
+        set_seed(_SEED)
+        config = copy.deepcopy(config or self.config)
+        return _auto_class(config).from_config(config, dtype=self.arguments.torch_dtype).to(self.device)
+
+    def build_masked(self) -> PreTrainedModel:
+        """Build the dense model and zero the units that the slim model lacks."""
+        model = self.build()
+        zero_units(model, find_structures(model).structures, self.masks)
+        return model
+
+    def build_slim(self) -> PreTrainedModel:
+        """Build the masked model and remove its zero units."""
+        model = self.build_masked()
+        self.slim(model)
+        return model
+
+    def slim(self, model: nn.Module) -> None:
+        """Remove the zero units of a masked model."""
+        model_slim(model, self.settings().slim_round_to, verify=False)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """Load a model that was saved."""
+        model = _auto_class(self.config).from_pretrained(folder, dtype=self.arguments.torch_dtype)
+        return model.to(self.device)
+
+    def make_batch(self, batches: int = 1, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """Make random tokens.
+
+        Args:
+            batches: Make so many batches, as one.
+            device: Where the tensors are wanted, if not where is measured.
+
+        Returns:
+            `input_ids` of shape `[batches * batch_size, length]`; `labels` of the same shape for a language model,
+            `[batches * batch_size]` for a classifier.
+        """
+        generator = torch.Generator().manual_seed(_SEED)
+        shape, words = (batches * self.batch_size, self.length), self.config.vocab_size
+        ids = torch.randint(min(_FIRST_TOKEN, words - 1), words, shape, generator=generator)
+        labels = ids if _auto_class(self.config) is AutoModelForCausalLM else ids[:, 0] % 2
+        return {"input_ids": ids.to(device or self.device), "labels": labels.to(device or self.device)}
+
+    def count_flops(self, *, slim: bool = False, backward: bool = False) -> int:
+        """Count the floating-point operations of the matrix products of one pass over a batch.
+
+        Two for each multiplication with its addition, as `FlopCounterMode` of PyTorch counts them, on the meta device
+        and with attention as separate matrix products, since kernels that fuse it are not all counted.
+
+        Args:
+            slim: Count those of the slim model, not of the dense one.
+            backward: Count a forward pass with the loss and its backward pass, not the forward pass alone.
+
+        Returns:
+            The number of operations.
+        """
+        model = build_meta(self.slim_config if slim else self.config, attn_implementation="eager")
+        batch = self.make_batch(device=torch.device("meta"))
+        if not backward:
+            del batch["labels"]
+        with FlopCounterMode(display=False) as counter:
+            output = model(**batch)
+            if backward:
+                output.loss.backward()
+        return counter.get_total_flops()
 
 
 def make_cases(arguments: BenchArguments) -> list[Case]:
@@ -109,69 +197,11 @@ def make_cases(arguments: BenchArguments) -> list[Case]:
             reach a sparsity.
     """
     return [
-        _make_case(name, config, sparsity, arguments.torch_dtype)
+        _make_case(name, config, sparsity, arguments)
         for name in arguments.models
         for config in _load_configs(name, arguments)
         for sparsity in arguments.parsed_sparsities
     ]
-
-
-def slim_settings(sparsity: Sparsity, **changes: Any) -> SlimConfig:
-    """The settings that slim a model to the shape of a case.
-
-    Args:
-        sparsity: What is removed of each layer.
-        **changes: Other fields.
-
-    Returns:
-        Default settings but for the scope, which is `local`, so that all layers end with the same sizes.
-    """
-    return SlimConfig(ffn2_sparsity=sparsity.ffn2, mha_sparsity=sparsity.mha, slim_scope="local", **changes)
-
-
-def build_model(config: PreTrainedConfig, arguments: BenchArguments) -> PreTrainedModel:
-    """Build a model from its config alone; the same weights each time.
-
-    Args:
-        config: The config.
-        arguments: The flags: type and device.
-
-    Returns:
-        The model.
-    """
-    set_seed(_SEED)
-    model = _auto_class(config).from_config(copy.deepcopy(config), dtype=arguments.torch_dtype)
-    return model.to(arguments.torch_device)
-
-
-def build_masked(case: Case, arguments: BenchArguments) -> PreTrainedModel:
-    """Build a dense model and zero the units that the slim model lacks.
-
-    Args:
-        case: The case.
-        arguments: The flags: type and device.
-
-    Returns:
-        The masked model.
-    """
-    model = build_model(case.config, arguments)
-    zero_units(model, find_structures(model).structures, case.masks)
-    return model
-
-
-def build_slim(case: Case, arguments: BenchArguments) -> PreTrainedModel:
-    """Build a masked model and remove its zero units.
-
-    Args:
-        case: The case.
-        arguments: The flags: type and device.
-
-    Returns:
-        The slim model.
-    """
-    model = build_masked(case, arguments)
-    model_slim(model, slim_settings(case.sparsity).slim_round_to, verify=False)
-    return model
 
 
 def build_meta(config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
@@ -188,69 +218,6 @@ def build_meta(config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
         model = _auto_class(config).from_config(copy.deepcopy(config), **keywords)
     model.tie_weights()
     return model
-
-
-def load_model(case: Case, folder: Path, arguments: BenchArguments) -> PreTrainedModel:
-    """Load a model that was saved.
-
-    Args:
-        case: The case.
-        folder: Where it was saved.
-        arguments: The flags: type and device.
-
-    Returns:
-        The model.
-    """
-    model = _auto_class(case.config).from_pretrained(folder, dtype=arguments.torch_dtype)
-    return model.to(arguments.torch_device)
-
-
-def make_batch(
-    config: PreTrainedConfig, batch_size: int, length: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Make random tokens, with labels.
-
-    Args:
-        config: The config of the model.
-        batch_size: Sequences.
-        length: Tokens in each.
-        device: Where the tensors are wanted.
-
-    Returns:
-        `input_ids` of shape `[batch_size, length]`; `labels` of the same shape for a language model, `[batch_size]`
-        for a classifier.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    shape = (batch_size, length)
-    ids = torch.randint(min(_FIRST_TOKEN, config.vocab_size - 1), config.vocab_size, shape, generator=generator)
-    labels = ids if _auto_class(config) is AutoModelForCausalLM else ids[:, 0] % 2
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
-
-
-def count_flops(config: PreTrainedConfig, batch_size: int, length: int, *, backward: bool = False) -> int:
-    """Count the floating-point operations of the matrix products of one pass.
-
-    Two for each multiplication with its addition, as `FlopCounterMode` of PyTorch counts them, on the meta device and
-    with attention as separate matrix products, since kernels that fuse it are not all counted.
-
-    Args:
-        config: The config of the model, with its shape record if it has one.
-        batch_size: Sequences.
-        length: Tokens in each.
-        backward: Count a forward pass with the loss and its backward pass, not the forward pass alone.
-
-    Returns:
-        The number of operations.
-    """
-    model = build_meta(config, attn_implementation="eager")
-    batch = make_batch(config, batch_size, length, torch.device("meta"))
-    if not backward:
-        del batch["labels"]
-    with FlopCounterMode(display=False) as counter:
-        output = model(**batch)
-        if backward:
-            output.loss.backward()
-    return counter.get_total_flops()
 
 
 def _load_configs(name: str, arguments: BenchArguments) -> Iterator[PreTrainedConfig]:
@@ -285,8 +252,8 @@ def _check_config(name: str, config: PreTrainedConfig, length: int) -> None:
         raise ValueError(f"--sequence_lengths {length} is more than {name} takes, {positions}: make it smaller.")
 
 
-def _make_case(name: str, config: PreTrainedConfig, sparsity: Sparsity, dtype: torch.dtype) -> Case:
-    model = build_meta(config, dtype=dtype)
+def _make_case(name: str, config: PreTrainedConfig, sparsity: Sparsity, arguments: BenchArguments) -> Case:
+    model = build_meta(config, dtype=arguments.torch_dtype)
     structures = require_structures(model, find_structures(model))
     parameters, size, weights = count_parameters(model), count_bytes(model), _count_weights(model, structures)
     try:
@@ -305,12 +272,18 @@ def _make_case(name: str, config: PreTrainedConfig, sparsity: Sparsity, dtype: t
         bytes=size,
         slim_bytes=count_bytes(model),
         removed=1 - _count_weights(model, structures) / weights,
+        arguments=arguments,
     )
+
+
+def _slim_settings(sparsity: Sparsity, **changes: Any) -> SlimConfig:
+    """Default settings but for the scope, so that all layers end with the same sizes."""
+    return SlimConfig(ffn2_sparsity=sparsity.ffn2, mha_sparsity=sparsity.mha, slim_scope="local", **changes)
 
 
 def _select(model: PreTrainedModel, structures: tuple[Structure, ...], sparsity: Sparsity) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
-    settings = slim_settings(sparsity)
+    settings = _slim_settings(sparsity)
     masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
     scores = {s.name: torch.rand(s.units, generator=generator) for s in structures}
     kinds: tuple[tuple[Kind, float], ...] = (("ffn", sparsity.ffn2), ("mha", sparsity.mha))

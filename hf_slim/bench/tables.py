@@ -2,134 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..saving import format_table
+from matplotlib.figure import Figure
+
+from ..saving import render_table
 
 Records = Sequence[Mapping[str, Any]]
 
 
-class _Column(NamedTuple):
-    header: str
-    key: str
-    spec: str = ""
-    factor: float = 1
-
-
-_WHO = (_Column("model", "model"), _Column("layers", "layers"), _Column("FFN2,MHA", "sparsity"))
-_SIZE = (_Column("batch", "batch_size"), _Column("length", "sequence_length"))
-TABLES: dict[str, tuple[str, str, tuple[_Column, ...]]] = {
-    "train": (
+_WHO = "model {model} | layers {layers} | FFN2,MHA {sparsity}"
+_SIZE = f"{_WHO} | batch {{batch_size}} | length {{sequence_length}}"
+_SPEED_UP = "speed-up {speed_up:.2f} | ideal {ideal:.2f} | reached {fraction:.0%}"
+_TABLES = (
+    (
         "train",
         "Train steps",
-        (
-            *_WHO,
-            *_SIZE,
-            _Column("step", "step"),
-            _Column("ms", "ms", ".1f"),
-            _Column("/ plain", "against_plain", ".3f"),
-            _Column("extra, ms", "extra_ms", ".2f"),
-            _Column("extra, %", "extra", ".2f", 100),
-            _Column("at most, %", "extra_most", ".2f", 100),
-            _Column("speed-up", "speed_up", ".2f"),
-            _Column("ideal", "ideal", ".2f"),
-            _Column("reached", "fraction", ".0%"),
-        ),
+        f"{_SIZE} | step {{step}} | ms {{ms:.1f}} | / plain {{against_plain:.3f}} | extra, ms {{extra_ms:.2f}} | "
+        f"extra, % {{extra:100*.2f}} | at most, % {{extra_most:100*.2f}} | {_SPEED_UP}",
     ),
-    "run": (
+    (
         "run",
         "Fine-tuning runs",
-        (
-            *_WHO,
-            *_SIZE,
-            _Column("steps", "steps"),
-            _Column("dense, s", "dense_s", ".1f"),
-            _Column("slim, s", "slim_s", ".1f"),
-            _Column("speed-up", "speed_up", ".2f"),
-            _Column("ideal", "ideal", ".2f"),
-            _Column("reached", "fraction", ".0%"),
-        ),
+        f"{_SIZE} | steps {{steps}} | dense, s {{dense_s:.1f}} | slim, s {{slim_s:.1f}} | {_SPEED_UP}",
     ),
-    "inference": (
+    (
         "inference",
         "Inference",
-        (
-            *_WHO,
-            *_SIZE,
-            _Column("dense, ms", "dense_ms", ".2f"),
-            _Column("slim, ms", "slim_ms", ".2f"),
-            _Column("stock, ms", "stock_ms", ".2f"),
-            _Column("stock from", "stock_from"),
-            _Column("slim / stock", "slim_over_stock", ".3f"),
-            _Column("dense, GFLOPs", "dense_flops", ".3f", 1e-9),
-            _Column("slim, GFLOPs", "slim_flops", ".3f", 1e-9),
-            _Column("speed-up", "speed_up", ".2f"),
-            _Column("ideal", "ideal", ".2f"),
-            _Column("reached", "fraction", ".0%"),
-        ),
+        f"{_SIZE} | dense, ms {{dense_ms:.2f}} | slim, ms {{slim_ms:.2f}} | stock, ms {{stock_ms:.2f}} | "
+        "stock from {stock_from} | slim / stock {slim_over_stock:.3f} | "
+        f"dense, GFLOPs {{dense_flops:1e-9*.3f}} | slim, GFLOPs {{slim_flops:1e-9*.3f}} | {_SPEED_UP}",
     ),
-    "costs": (
+    (
         "times",
         "Parsing, scoring, compacting",
-        (
-            *_WHO,
-            _Column("parameters", "parameters", ","),
-            _Column("slim", "slim_parameters", ","),
-            _Column("first parse, ms", "first_parse_s", ".1f", 1000),
-            _Column("parse, ms", "parse_s", ".1f", 1000),
-            _Column("score, ms", "score_s", ".2f", 1000),
-            _Column("read weights, ms", "read_s", ".1f", 1000),
-            _Column("compact, ms", "compact_s", ".1f", 1000),
-            _Column("compact / read", "compact_over_read", ".2f"),
-        ),
+        f"{_WHO} | parameters {{parameters:,}} | slim {{slim_parameters:,}} | "
+        "first parse, ms {first_parse_s:1e3*.1f} | parse, ms {parse_s:1e3*.1f} | score, ms {score_s:1e3*.2f} | "
+        "read weights, ms {read_s:1e3*.1f} | compact, ms {compact_s:1e3*.1f} | compact / read {compact_over_read:.2f}",
     ),
-    "files": (
+    (
         "times",
         "Saving, loading",
-        (
-            *_WHO,
-            _Column("save dense, ms", "save_dense_s", ".0f", 1000),
-            _Column("save slim, ms", "save_slim_s", ".0f", 1000),
-            _Column("save_slimmed, ms", "save_slimmed_s", ".0f", 1000),
-            _Column("load dense, ms", "load_dense_s", ".1f", 1000),
-            _Column("load slim, ms", "load_slim_s", ".1f", 1000),
-            _Column("slim / dense", "load_ratio", ".3f"),
-            _Column("load and read dense, ms", "load_read_dense_s", ".1f", 1000),
-            _Column("load and read slim, ms", "load_read_slim_s", ".1f", 1000),
-            _Column("slim / dense", "load_read_ratio", ".3f"),
-            _Column("share of bytes", "share", ".3f"),
-        ),
+        f"{_WHO} | save dense, ms {{save_dense_s:1e3*.0f}} | save slim, ms {{save_slim_s:1e3*.0f}} | "
+        "save_slimmed, ms {save_slimmed_s:1e3*.0f} | load dense, ms {load_dense_s:1e3*.1f} | "
+        "load slim, ms {load_slim_s:1e3*.1f} | slim / dense {load_ratio:.3f} | "
+        "load and read dense, ms {load_read_dense_s:1e3*.1f} | load and read slim, ms {load_read_slim_s:1e3*.1f} | "
+        "slim / dense {load_read_ratio:.3f} | share of bytes {share:.3f}",
     ),
-    "memory": (
+    (
         "memory",
         "Peak memory",
-        (
-            *_WHO,
-            *_SIZE,
-            _Column("what", "what"),
-            _Column("peak, MB", "peak_bytes", ".1f", 1e-6),
-            _Column("ratio", "ratio", ".4f"),
-            _Column("to", "against"),
-        ),
+        f"{_SIZE} | what {{what}} | peak, MB {{peak_bytes:1e-6*.1f}} | ratio {{ratio:.4f}} | to {{against}}",
     ),
-    "growth": (
+    (
         "growth",
         "Growth with the number of layers",
-        (
-            _Column("model", "model"),
-            _Column("FFN2,MHA", "sparsity"),
-            _Column("cost", "cost"),
-            _Column("layers", "layers"),
-            _Column("ms", "ms", ".2f"),
-            _Column("ms a layer", "ms_per_layer", ".4f"),
-            _Column("a layer / that at the fewest", "ratio", ".2f"),
-        ),
+        "model {model} | FFN2,MHA {sparsity} | cost {cost} | layers {layers} | ms {ms:.2f} | "
+        "ms a layer {ms_per_layer:.4f} | a layer / that at the fewest {ratio:.2f}",
     ),
-}
-"""For each table the list of records that it shows, its title, and its columns."""
+)
+"""For each table the part whose records it shows, its title, and its columns: headers, each with a field of a record.
 
+A factor before a format, as in `{parse_s:1e3*.1f}`, makes milliseconds of seconds.
+"""
 _WORDS = ("model", "FFN2,MHA", "step", "stock from", "what", "to", "cost")
 """Columns of words, which are aligned to the left."""
 _GROWING = ("first_parse_s", "parse_s", "score_s", "compact_s", "save_slimmed_s", "load_slim_s")
@@ -181,7 +119,7 @@ def format_text(results: Mapping[str, Records]) -> str:
     Returns:
         The tables with their titles.
     """
-    return "\n\n".join(f"{title}\n\n{format_table(rows, left=3)}" for title, rows in _make_tables(results))
+    return "\n\n".join(f"{title}\n\n{render_table(rows, left=3)}" for title, rows in _make_tables(results))
 
 
 def format_markdown(results: Mapping[str, Records]) -> str:
@@ -195,7 +133,7 @@ def format_markdown(results: Mapping[str, Records]) -> str:
     """
     parts = []
     for title, rows in _make_tables(results):
-        rule = tuple("---" if header in _WORDS else "---:" for header in rows[0])
+        rule = ["---" if header in _WORDS else "---:" for header in rows[0]]
         lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
         parts.append(f"## {title}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -210,12 +148,8 @@ def draw_speed_up(results: Mapping[str, Records], removed: Mapping[tuple[str, in
             slim model lacks.
         path: The PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     live = [record for record in results.get("train", ()) if record["step"] == "live"]
     for axis, title, records in zip(
         axes, ("Train step", "Inference"), (live, results.get("inference", ())), strict=True
@@ -234,7 +168,6 @@ def draw_speed_up(results: Mapping[str, Records], removed: Mapping[tuple[str, in
             axis.legend(fontsize="small")
     axes[0].set_ylabel("speed-up over dense")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _group(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -246,18 +179,18 @@ def _group(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return curves
 
 
-def _make_tables(results: Mapping[str, Records]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    tables = []
-    for part, title, columns in TABLES.values():
-        records = results.get(part)
-        if records:
-            rows = [tuple(column.header for column in columns)]
-            rows += [tuple(_format(record[column.key], column) for column in columns) for record in records]
-            tables.append((title, rows))
-    return tables
+def _make_tables(results: Mapping[str, Records]) -> Iterator[tuple[str, list[list[str]]]]:
+    """The titles of the tables that have lines, and their cells, the headers first."""
+    cells = _Cells()
+    for part, title, columns in _TABLES:
+        headers, fields = zip(*(column.rsplit(" ", 1) for column in columns.split(" | ")), strict=True)
+        if records := results.get(part):
+            yield title, [list(headers), *([cells.format(field, **record) for field in fields] for record in records)]
 
 
-def _format(value: Any, column: _Column) -> str:
-    if value is None:
-        return "-"
-    return format(value * column.factor if column.factor != 1 else value, column.spec)
+class _Cells(string.Formatter):
+    """Formats with a factor; a dash for what there is not."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        factor, _, spec = spec.rpartition("*")
+        return "-" if value is None else format(value * float(factor) if factor else value, spec)

@@ -28,10 +28,17 @@ def run_command(command: str, flags: list[str]) -> int:
 
     Returns:
         The exit status, 0.
+
+    Raises:
+        ValueError: If an argument, a file or a column does not fit.
+        SystemExit: After help, or with a message about the usage or what bench needs and is not installed.
     """
     if command == "bench":
-        from ..bench import BenchArguments, run_bench
-
+        try:
+            from ..bench import BenchArguments, run_bench
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            raise SystemExit(f'hf-slim bench needs {package}: pip install "hf-slim[bench]"') from error
         print(f"\n{run_bench(*_parse(flags, 'hf-slim bench', BenchArguments))}")
         return 0
     parsed = _parse_demo(flags) if command == "demo" else _parse_run(flags, "hf-slim run")

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..saving import format_table
+from ..saving import render_table
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Comparison:
         rows.append(("parameters", *(f"{figures.parameters:,}" for figures in columns.values())))
         rows.append(("megabytes", *(f"{figures.bytes / 1e6:,.1f}" for figures in columns.values())))
         rows.append(("latency (ms)", *(f"{figures.latency_ms:.2f}" for figures in columns.values())))
-        return f"{format_table(rows)}\n\nThe slim model lies in {self.slim_model}"
+        return f"{render_table(rows)}\n\nThe slim model lies in {self.slim_model}"
 
     def save(self, path: Path) -> None:
         """Write the figures as JSON.

@@ -19,7 +19,7 @@ _NARROWER = {
     torch.float32: (torch.float16, torch.bfloat16),
     torch.float64: (torch.float16, torch.bfloat16, torch.float32),
 }
-_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = (torch.Tensor, nn.Parameter)
 _IMPLEMENTATION = "_attn_implementation_internal"
 
 

@@ -48,10 +48,10 @@ def time_call(call: Callable[[], Any], device: torch.device) -> float:
     Returns:
         Seconds.
     """
-    wait_for(device)
+    _wait_for(device)
     start = time.perf_counter()
     call()
-    wait_for(device)
+    _wait_for(device)
     return time.perf_counter() - start
 
 
@@ -67,11 +67,6 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given.
-
-    Args:
-        device: The device.
-    """
+def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, RepoCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from transformers import PreTrainedModel
+from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..compaction import find_auto_classes, has_record
@@ -25,10 +27,12 @@ def write_model_card(
     folder: Path,
     repo_id: str,
     has_remote_code: bool,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float],
     earlier: Path | None = None,
 ) -> None:
     """Write `README.md`; a card that is there, since what holds the model wrote one, gets ours at its end.
+
+    Its metadata stay as they are but for our tags.
 
     Args:
         model: The slim model.
@@ -103,7 +107,7 @@ def make_model_card(
     *,
     repo_id: str,
     has_remote_code: bool,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float],
     title: str | None = None,
 ) -> ModelCard:
     """Write the model card of a slim model.
@@ -113,7 +117,7 @@ def make_model_card(
         report: What slimming made of it.
         repo_id: What users pass to `from_pretrained`.
         has_remote_code: Whether the folder holds the remote-code file.
-        metrics: Evaluation results, by name.
+        metrics: Evaluation results, by name; the Hub finds those that are numbers in the metadata, as `model-index`.
         title: The heading, for a part of another card, which says how to load the model; else the repository's name.
 
     Returns:
@@ -121,49 +125,44 @@ def make_model_card(
     """
     source = model.config.name_or_path
     base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
-    needs_import = has_record(model.config)
-    has_remote_code = has_remote_code and type(model).__name__ in find_auto_classes(model.config).values()
+    name = repo_id.rpartition("/")[2]
+    class_name = type(model).__name__
+    results = _eval_results(class_name, metrics)
     return ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=list(_TAGS), base_model=base_model),
+        ModelCardData(
+            library_name="transformers",
+            tags=list(_TAGS),
+            base_model=base_model,
+            eval_results=results or None,
+            model_name=name if results else None,
+        ),
         template_path=str(_TEMPLATE),
-        title=title or repo_id.rpartition("/")[2],
-        sentence=_sentence(model, report, base_model),
-        table=_markdown_table(
-            ("", "before", "after", "change"),
-            [
-                _row("parameters", report.parameters_before, report.parameters_after, 1, "{:,.0f}"),
-                _row("megabytes", report.bytes_before, report.bytes_after, 1e6, "{:,.1f}"),
-            ],
-        ),
-        stock_note=(
-            "The layers have different sizes, or sizes that the stock config cannot express. `import hf_slim` "
-            "(`pip install hf-slim`), then load it as any other model."
-            if needs_import
-            else "The config expresses the sizes by itself: this is a stock model, and nothing needs to be installed."
-        ),
-        needs_import=needs_import,
+        title=title or name,
+        report=report,
+        class_name=class_name,
+        sentence_end=_SENTENCE_END,
+        needs_import=has_record(model.config),
         auto_class="" if title else _auto_class(model),
         repo_id=repo_id,
-        has_remote_code=has_remote_code,
-        structures=_markdown_table(
-            ("structure", "kind", "before", "after"),
-            [(f"`{s.name}`", s.kind, str(s.before), str(s.after)) for s in report.structures],
-        ),
-        metrics=_markdown_table(
-            ("metric", "value"), [(name, f"{value:.4f}") for name, value in (metrics or {}).items()]
+        has_remote_code=has_remote_code and class_name in find_auto_classes(model.config).values(),
+        metrics=metrics,
+    )
+
+
+def _eval_results(class_name: str, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """What the Hub shows of the metrics; the trainer does not tell what its evaluation data are called."""
+    tasks = [task for task, mapping in TASK_MAPPING.items() if class_name in _flat(mapping.values())]
+    return [
+        EvalResult(
+            task_type=next(iter(tasks), "other"),
+            dataset_type="unknown",
+            dataset_name="Unknown",
+            metric_type=name.removeprefix("eval_"),
+            metric_value=float(value),
         )
-        if metrics
-        else "",
-    )
-
-
-def _sentence(model: PreTrainedModel, report: SlimReport, base_model: str | None) -> str:
-    share = report.parameters_after / report.parameters_before
-    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A `{type(model).__name__}`"
-    return (
-        f"{of} with {share:.0%} of its parameters: intermediate channels and attention heads were removed physically "
-        f"{_SENTENCE_END}"
-    )
+        for name, value in metrics.items()
+        if math.isfinite(value)  # the Hub takes no other numbers
+    ]
 
 
 def _auto_class(model: PreTrainedModel) -> str:
@@ -174,10 +173,6 @@ def _auto_class(model: PreTrainedModel) -> str:
     return next(iter([*same_task, *generating, *serving]), type(model).__name__)
 
 
-def _row(name: str, before: float, after: float, unit: float, form: str) -> tuple[str, str, str, str]:
-    return name, form.format(before / unit), form.format(after / unit), f"{after / before - 1:+.0%}"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _flat(names: Iterable[str | tuple[str, ...]]) -> Iterator[str]:
+    for name in names:
+        yield from (name,) if isinstance(name, str) else name

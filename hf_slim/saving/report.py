@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import functools
+import io
 import statistics
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from ..structures import Kind
 from .latency import time_alternately
+
+_RULE = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
+"""No line but one under the header."""
 
 
 @dataclass(frozen=True)
@@ -54,50 +62,34 @@ class SlimReport:
 
     def __str__(self) -> str:
         """The totals, then a line for each structure, then those that are not proven."""
-        totals = [
+        rows = [
             ("", "", "before", "after", "change"),
-            (
-                "parameters",
-                "",
-                f"{self.parameters_before:,}",
-                f"{self.parameters_after:,}",
-                _change(self.parameters_before, self.parameters_after),
-            ),
-            (
-                "megabytes",
-                "",
-                f"{self.bytes_before / 1e6:,.1f}",
-                f"{self.bytes_after / 1e6:,.1f}",
-                _change(self.bytes_before, self.bytes_after),
-            ),
+            _row("parameters", "", self.parameters_before, self.parameters_after),
+            _row("megabytes", "", self.bytes_before / 1e6, self.bytes_after / 1e6, ",.1f"),
+            *(_row(size.name, size.kind, size.before, size.after) for size in self.structures),
         ]
-        sizes = [
-            (size.name, size.kind, f"{size.before:,}", f"{size.after:,}", _change(size.before, size.after))
-            for size in self.structures
-        ]
-        table = format_table([*totals, *sizes], left=2)
+        table = render_table(rows, left=2)
         return f"{table}\nnot proven: {', '.join(self.unproven)}" if self.unproven else table
 
 
-def format_table(rows: list[tuple[str, ...]], *, left: int = 1) -> str:
-    """Lay out rows of text as a plain table with a rule under the first row.
+def render_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Lay out rows of text as a plain table of rich, as wide as it comes.
 
     Args:
-        rows: The header and then the lines, all of the same length.
+        rows: The header and then the lines.
         left: How many columns, from the first, are aligned to the left; the others are aligned to the right.
 
     Returns:
-        The table, one line a row, with no trailing blanks.
+        The table, one line a row, with a rule under the header and no trailing blanks.
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    table = Table(box=_RULE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, header in enumerate(rows[0]):
+        table.add_column(header, justify="left" if number < left else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=sys.maxsize, color_system=None, markup=False, emoji=False, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -159,5 +151,5 @@ def measure_latency(
     return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _change(before: int, after: int) -> str:
-    return f"{100 * (after - before) / before:+.1f}%"
+def _row(name: str, kind: str, before: float, after: float, spec: str = ",") -> tuple[str, ...]:
+    return name, kind, format(before, spec), format(after, spec), f"{100 * (after - before) / before:+.1f}%"

@@ -5,6 +5,9 @@ from odd_modules import ODD
 from odd_routes import ON_MODULES, ROUTES, verdict_of
 
 CASES = [(route, True) for route in ROUTES] + [(route, False) for route in ON_MODULES]
+PARTS = 4
+TRAINED = [route for route in ROUTES if route not in ON_MODULES]
+"""Routes that train every module; each takes another part of them, and all of them where slow tests run."""
 
 
 @pytest.mark.parametrize(("route", "pretrained"), CASES)
@@ -13,10 +16,16 @@ def test_no_odd_module_is_taken(route, pretrained):
     assert found == {"skipped"}
 
 
-@pytest.mark.parametrize(("route", "pretrained"), CASES)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    ("route", "pretrained", "part"),
+    [
+        pytest.param(*case, part, marks=[pytest.mark.slow] * (case[0] in TRAINED and TRAINED.index(case[0]) != part))
+        for case in CASES
+        for part in range(PARTS)
+    ],
+)
 def test_what_discovery_would_take_is_refused_by_proof(route, pretrained, part):
-    found = {name: verdict_of(name, route, pretrained=pretrained, is_blind=True) for name in list(ODD)[part::4]}
+    found = {name: verdict_of(name, route, pretrained=pretrained, is_blind=True) for name in list(ODD)[part::PARTS]}
     assert "WRONG" not in found.values(), found
     if route == "model_slim" and not pretrained:  # nothing to make inputs from: one warning says so
         assert "warned of" in found.values()

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from hf_slim.saving.report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency
+from hf_slim.saving.report import (
+    SlimReport,
+    StructureSize,
+    count_bytes,
+    count_parameters,
+    measure_latency,
+    render_table,
+)
 
 CONFIG = {
     "vocab_size": 20,
@@ -94,3 +101,16 @@ def test_latency_restores_the_mode_after_an_error() -> None:
 def test_latency_refuses_no_repeats() -> None:
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure_latency({}, {}, repeats=0)
+
+
+def test_a_table_is_as_wide_as_its_cells_and_shows_them_as_they_are(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = [("name", "[bold]", "12.5"), (":smile:", "é日本", "1,000"), ("x" * 200, "", "-")]
+    assert render_table(rows).splitlines() == [
+        f"{'name':200}  [bold]   12.5",
+        "-" * 215,
+        f"{':smile:':200}   é日本  1,000",  # two columns of a terminal for each of the wide letters
+        f"{'x' * 200}              -",
+    ]
+    assert render_table([("a", "b"), ("1", "long"), ("22", "")], left=2) == "a   b\n--------\n1   long\n22"

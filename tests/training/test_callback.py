@@ -33,9 +33,21 @@ def test_every_family_trains_to_the_target(family, tmp_path):
     assert (watcher.steps, watcher.moved, watcher.returned) == (12, 0, 0)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "snip_momentum", "taylor"])
-@pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("schedule", ["exp", "cubic", "cos", "linear", "oneshot"])
+@pytest.mark.parametrize(
+    ("criterion", "scope", "schedule"),
+    [
+        ("magnitude", "global", "exp"),
+        ("snip_momentum", "local", "exp"),
+        ("magnitude", "local", "cubic"),
+        ("taylor", "global", "cubic"),
+        ("snip_momentum", "global", "cos"),
+        ("taylor", "local", "cos"),
+        ("taylor", "global", "linear"),
+        ("magnitude", "local", "linear"),
+        ("snip_momentum", "local", "oneshot"),
+        ("taylor", "global", "oneshot"),
+    ],
+)
 def test_all_settings_reach_the_target(criterion, scope, schedule, tmp_path):
     settings = {"slim_criterion": criterion, "slim_scope": scope, "slim_schedule": schedule, "slim_round_to": 1}
     trainer = make_trainer(build("bert"), tmp_path, **settings)

@@ -19,8 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         ValueError: If an argument, a file or a column does not fit.
-        RuntimeError: If matplotlib is not installed, which bench needs.
-        SystemExit: After help, or with a message about the usage.
+        SystemExit: After help, or with a message about the usage or what bench needs and is not installed.
     """
     parser = argparse.ArgumentParser(
         prog="hf-slim",

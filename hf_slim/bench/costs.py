@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..parallel import find_shards
 from ..saving import measure_latency, save_slimmed, time_alternately, time_call, without_bars
 from ..structures import find_structures, get_tensor
 from ..training import score_structures

@@ -56,6 +56,8 @@ def read_sources(root: Path, folder: str = PACKAGE) -> tuple[Source, ...]:
 def find_imports(root: Path) -> dict[str, set[str]]:
     """Find which module of the package imports which, anywhere in it, but for what only a type checker reads.
 
+    What a module takes from another room's `__init__.py` it imports from the module where that has it from.
+
     Args:
         root: The checkout.
 
@@ -64,7 +66,12 @@ def find_imports(root: Path) -> dict[str, set[str]]:
     """
     sources = read_sources(root)
     known = {source.name for source in sources}
-    return {s.name: {target for target in _find_targets(s, known) if target in known} - {s.name} for s in sources}
+    doors = {s.name: _find_door(s, known) for s in sources if s.file.endswith("/__init__.py")}
+    imports = {}
+    for source in sources:
+        through = (doors.get(base, {}).get(name, base) for base, name in _find_targets(source, known))
+        imports[source.name] = {target for target in through if target in known} - {source.name}
+    return imports
 
 
 def room_of(module: str) -> str:
@@ -128,17 +135,23 @@ def find_long_functions(root: Path) -> list[str]:
     return found
 
 
-def _find_targets(source: Source, known: set[str]) -> Iterator[str]:
-    """Whatever a module imports, by absolute names; a name that is a module of ours counts as that module."""
+def _find_door(source: Source, known: set[str]) -> dict[str, str]:
+    """For the names that a room's `__init__.py` gives the modules where it has them from."""
+    return {name: base for base, name in _find_targets(source, known) if name}
+
+
+def _find_targets(source: Source, known: set[str]) -> Iterator[tuple[str, str]]:
+    """The modules that a module imports, with what from them; a name that is a module of ours counts as that module."""
     package = source.name if source.file.endswith("/__init__.py") else source.name.rpartition(".")[0]
     for node in _walk_run(source.tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+                inner = f"{base}.{alias.name}"
+                yield (inner, "") if inner in known else (base, alias.name)
 
 
 def _walk_run(node: ast.AST) -> Iterator[ast.AST]:

@@ -220,8 +220,8 @@ def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
             tensors.append((module, leaf, tuple(shape)))
         elif module is not None:
             missing.append(name)
-    numbers = [(find(path), values) for path, values in record["attributes"].items()]
-    infer = [find(path) for path in record["infer"]]
+    numbers = [(m, values) for path, values in record["attributes"].items() if (m := find(path)) is not None]
+    infer = [m for path in record["infer"] if (m := find(path)) is not None]
     if missing and is_whole:
         raise ValueError(
             f"The shape record in {_where(model.config)} names what {type(model).__name__} does not have: "
@@ -230,19 +230,16 @@ def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
     for module, leaf, shape in tensors:
         _cut(model, module, leaf, shape)
     for module, values in numbers:
-        if module is not None:
-            _set_numbers(model, module, values)
+        _set_numbers(module, values, _where(model.config))
     for module in infer:
-        if module is not None:
-            infer_widths(module)
+        infer_widths(module)
 
 
-def _set_numbers(model: PreTrainedModel, module: nn.Module, values: dict[str, Any]) -> None:
+def _set_numbers(module: nn.Module, values: dict[str, Any], where: str) -> None:
     for name, value in values.items():
         if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
             raise ValueError(
-                f"The shape record in {_where(model.config)} does not fit: {type(module).__name__} has no number "
-                f"{name!r}."
+                f"The shape record in {where} does not fit: {type(module).__name__} has no number {name!r}."
             )
         if get_number(module, name) != value:
             set_number(module, name, value)

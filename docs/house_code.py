@@ -141,7 +141,7 @@ def _find_door(source: Source, known: set[str]) -> dict[str, str]:
 
 
 def _find_targets(source: Source, known: set[str]) -> Iterator[tuple[str, str]]:
-    """The modules that a module imports, with what from them; a name that is a module of ours counts as that module."""
+    """The modules that a module imports, with what from them; a name may be that of a module, too."""
     package = source.name if source.file.endswith("/__init__.py") else source.name.rpartition(".")[0]
     for node in _walk_run(source.tree):
         if isinstance(node, ast.Import):

@@ -235,11 +235,11 @@ def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
         infer_widths(module)
 
 
-def _set_numbers(module: nn.Module, values: dict[str, Any], where: str) -> None:
+def _set_numbers(module: nn.Module, values: dict[str, Any], at: str) -> None:
     for name, value in values.items():
         if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
             raise ValueError(
-                f"The shape record in {where} does not fit: {type(module).__name__} has no number {name!r}."
+                f"The shape record in {at} does not fit: {type(module).__name__} has no number {name!r}."
             )
         if get_number(module, name) != value:
             set_number(module, name, value)

@@ -238,9 +238,7 @@ def _apply(model: PreTrainedModel, record: Any, *, is_whole: bool) -> None:
 def _set_numbers(module: nn.Module, values: dict[str, Any], at: str) -> None:
     for name, value in values.items():
         if not _is_number(get_number(module, name)) and not name.startswith(_OWN_ATTRIBUTES):
-            raise ValueError(
-                f"The shape record in {at} does not fit: {type(module).__name__} has no number {name!r}."
-            )
+            raise ValueError(f"The shape record in {at} does not fit: {type(module).__name__} has no number {name!r}.")
         if get_number(module, name) != value:
             set_number(module, name, value)
 

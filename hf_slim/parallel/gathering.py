@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -111,9 +112,10 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome)
-    # Gloo's own thread lets go of what was broadcast, and waits for Python for that: a process that ends meanwhile
-    # waits for the thread for ever. By the end of a barrier, which has nothing to let go of, it is done.
+    # Gloo's own threads let go of what was broadcast, and wait for Python for that: a process that ends meanwhile waits
+    # for them for ever. In a barrier and a moment's sleep Python is free for them.
     dist.barrier()
+    time.sleep(0.1)
     if failure is not None:
         raise failure
     if outcome[1] is not None:

@@ -159,7 +159,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts that a test registers are forgotten after it."""
-    monkeypatch.setattr("hf_slim.structures.projection_layouts._registered", [])
+    monkeypatch.setattr("hf_slim.structures.projection_names._registered", [])
 
 
 @pytest.fixture(params=FAMILIES)

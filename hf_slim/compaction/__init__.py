@@ -1,11 +1,6 @@
 """Units out of a model: what is zero is found, cut, recorded in the config and proven, or put back."""
 
-from .compact import compact_model, round_up
-from .config_fields import record_shapes
-from .numerical_proof import find_blamed
-from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
-from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
-from .shape_record import (
+from .config_record import (
     REMOTE_MODULE,
     find_auto_classes,
     find_pretrained,
@@ -17,6 +12,11 @@ from .shape_record import (
     own_configs,
     refresh_record,
 )
+from .cut_tensors import compact_model, round_up
+from .numerical_proof import find_blamed
+from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
+from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .sparse_model import model_slim
+from .stock_config_fields import record_shapes
 from .undo import Undo
 from .zeros import find_zero_units, find_zeros, zero_units

@@ -25,10 +25,10 @@ from ..structures import (
     merge_adapters,
     require_structures,
 )
-from .compact import round_masks
-from .config_fields import record_shapes
+from .config_record import find_pretrained
+from .cut_tensors import round_masks
 from .numerical_proof import Proof
-from .shape_record import find_pretrained
+from .stock_config_fields import record_shapes
 from .undo import Undo
 from .zeros import find_zero_units
 

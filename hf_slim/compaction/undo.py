@@ -12,7 +12,7 @@ from torch import nn
 from ..parallel import change_tensor, read_tensor, take_positions
 from ..proof import Snapshot
 from ..structures import Masks, Structure, get_tensor
-from .compact import compact_model, find_kept
+from .cut_tensors import compact_model, find_kept
 from .optimizer_state import find_state_slices
 
 _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -112,8 +112,8 @@ def run_in_first_process(function: Callable[[], Result]) -> Result:
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome)
-    # Gloo's own threads let go of what was broadcast, and wait for Python for that: a process that ends meanwhile waits
-    # for them for ever. In a barrier and a moment's sleep Python is free for them.
+    # Gloo's own threads let go of what was broadcast, and wait for Python for that: a process that ends meanwhile
+    # waits for them for ever. In a barrier and a moment's sleep Python is free for them.
     dist.barrier()
     time.sleep(0.1)
     if failure is not None:

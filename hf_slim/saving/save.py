@@ -54,9 +54,9 @@ from ..training import ModelShape, SlimTrainerCallback, find_shape
 from .atomic_folder import check_folder, replacing
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .model_card import write_model_card
-from .model_containers import can_save, check_container, copy_model, save_container
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .trainer_batches import find_batch
+from .wrapped_models import can_save, check_container, copy_model, save_container
 
 logger = logging.get_logger(__name__)
 

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..proof import RUN_ERRORS
-from .model_containers import find_pretrained
+from .wrapped_models import find_pretrained
 
 logger = logging.get_logger(__name__)
 

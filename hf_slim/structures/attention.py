@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..modeling_hf_slim import can_infer, written_class
-from .layout import Fused, MhaLayout
+from .layout_rows import Fused, MhaLayout
 from .linear_layers import Layer, find_child, find_layer, find_tensor, join, tensors_outside
-from .projection_layouts import (
+from .projection_names import (
     FIXED,
     GROUP_SIZES,
     HEAD_LAYERS,

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from .attention import matches_mha, owner_of, read_mha
 from .custom_code import find_strange
 from .feed_forward import matches_ffn, read_ffn
-from .layout import FfnLayout, MhaLayout
+from .layout_rows import FfnLayout, MhaLayout
 from .linear_layers import find_child, find_layer, join
 from .peft_adapters import find_obstacle
-from .projection_layouts import CONFIG_HEADS, QUERY_HEAD_COUNTS, layouts_of
-from .shared_tables import join_blocks, join_by_tables, name_in_stack
+from .projection_names import CONFIG_HEADS, QUERY_HEAD_COUNTS, layouts_of
+from .shared_position_biases import join_blocks, join_by_tables, name_in_stack
 from .source_code import find_mentioned, find_reads
 from .structure import Discovery, Kind, Skipped, Structure, UnaccountedError, get_module, get_tensor
 from .unit_counts import get_field

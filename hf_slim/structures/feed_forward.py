@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .layout import FfnLayout
+from .layout_rows import FfnLayout
 from .linear_layers import Layer, find_child, find_layer, join, tensors_outside
-from .projection_layouts import CHANNEL_COUNTS
+from .projection_names import CHANNEL_COUNTS
 from .rms_norms import find_epsilon, fold_norm
 from .source_code import find_reads
 from .structure import Count, Explained, Member, Structure, UnaccountedError, blocks, spread

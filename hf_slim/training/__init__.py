@@ -3,10 +3,10 @@
 `SlimTrainerCallback` is the door of the Trainer, `Slimmer` the state of one training behind it.
 """
 
-from .auto_slim_config import parse_auto_slim_config
+from .auto_slim_entries import parse_auto_slim_config
 from .callback import SlimTrainerCallback, add_sparsities, refuse_several
 from .checkpoints import choose_checkpoint, find_whole_checkpoint, restore_shape
-from .damaged_weights import find_damaged_weights
+from .damaged_weight_files import find_damaged_weights
 from .importance import score_structures
 from .model_shape import ModelShape, find_shape
 from .schedule import Schedule

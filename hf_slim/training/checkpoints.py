@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..parallel import find_fixed_shapes
 from ..structures import find_structures
 from .callback import find_saved, find_state
-from .damaged_weights import find_damaged_weights
+from .damaged_weight_files import find_damaged_weights
 from .model_shape import ModelShape, find_shape
 from .saved_state import read_masks
 

@@ -20,7 +20,7 @@ from ..structures import (
     require_structures,
     total_units,
 )
-from .auto_slim_config import find_entry_structures, read_entry
+from .auto_slim_entries import find_entry_structures, read_entry
 from .schedule import Schedule
 from .unit_selection import check_reachable
 

@@ -14,15 +14,15 @@ from ..compaction import find_zero_units, has_state
 from ..parallel import find_shards, whole_shapes
 from ..structures import Structure, find_structures
 from .captured_batch import Call, Capture
+from .dropped_units import Step, Units
 from .importance import score_structures
-from .live_units import LiveUnits
 from .model_shape import ModelShape, find_shape
-from .pending_units import choose_units
 from .plan import Settings, Target, find_live_choice, make_plan
+from .removed_units import LiveUnits
 from .saved_state import check_fit, read_masks, refuse_other_settings
 from .smoothed_scores import Scores, agree_on, refuse_nonfinite
+from .undecided_units import choose_units
 from .unit_selection import select_units
-from .units import Step, Units
 
 logger = logging.get_logger(__name__)
 

@@ -336,7 +336,7 @@ def test_whatever_is_raised_the_model_is_as_it_was(family, where, verify, monkey
         raise Interruption
 
     if where == "half way":
-        from hf_slim.compaction import compact as compaction
+        from hf_slim.compaction import cut_tensors as compaction
 
         original = compaction.take_positions
         monkeypatch.setattr(

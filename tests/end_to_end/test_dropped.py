@@ -10,10 +10,10 @@ from transformers import TrainerCallback
 from hf_slim import find_structures, model_slim, save_slimmed
 from hf_slim.compaction.zeros import find_zero_units
 from hf_slim.parallel.shards import find_shards
-from hf_slim.training.masked_units import MaskedUnits
+from hf_slim.training.dropped_units import Step
 from hf_slim.training.model_shape import ModelShape
-from hf_slim.training.units import Step
 from hf_slim.training.weight_copies import find_copy
+from hf_slim.training.zeroed_units import MaskedUnits
 
 COME_BACK = "Dropped units of bert.encoder.layer.0.output.dense, "
 
@@ -119,7 +119,7 @@ class Counts(TrainerCallback):
 def told(monkeypatch):
     """The warnings and what else is logged."""
     messages = []
-    for module in ("slimmer", "live_units", "pending_units"):
+    for module in ("slimmer", "removed_units", "undecided_units"):
         for kind in ("info", "warning"):
             monkeypatch.setattr(f"hf_slim.training.{module}.logger.{kind}", messages.append)
     return messages

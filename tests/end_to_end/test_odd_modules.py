@@ -11,9 +11,9 @@ from odd_modules import HONEST, ODD, ONLY_PROOF_SEES, VOCAB, build_model
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from verdict import half_masks
 
-from hf_slim.compaction.compact import compact_model
+from hf_slim.compaction.cut_tensors import compact_model
 from hf_slim.compaction.zeros import zero_units
-from hf_slim.structures.custom_code.activations import InconclusiveError
+from hf_slim.structures.custom_code.activation_functions import InconclusiveError
 from hf_slim.structures.discovery import find_structures
 
 KINDS = {True: "pretrained", False: "module"}
@@ -67,7 +67,7 @@ def test_reading_alone_takes_no_module_that_mixes_units(name, monkeypatch):
     def refuse(module, structure):
         raise InconclusiveError("it is too large to be tried")
 
-    monkeypatch.setattr("hf_slim.structures.custom_code.check.probe_module", refuse)
+    monkeypatch.setattr("hf_slim.structures.custom_code.mixing_check.probe_module", refuse)
     found = find_structures(build_model(name, pretrained=False))
     assert bool(found.of_kind(kind_of(name))) == (name in HONEST), str(found)
 

@@ -18,7 +18,7 @@ from tiny import build_tiny
 from transformers import AutoConfig, Trainer
 
 from hf_slim import SlimTrainerCallback, SlimTrainingArguments, find_structures, model_slim, save_slimmed
-from hf_slim.compaction.shape_record import find_auto_classes, has_record
+from hf_slim.compaction.config_record import find_auto_classes, has_record
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.made_inputs import make_inputs
 

@@ -20,7 +20,7 @@ from transformers.optimization import Adafactor
 
 from hf_slim import find_structures, model_slim
 from hf_slim.arguments import SlimConfig, place_steps
-from hf_slim.compaction.compact import compact_model
+from hf_slim.compaction.cut_tensors import compact_model
 from hf_slim.compaction.zeros import find_zero_units, find_zeros, zero_units
 from hf_slim.parallel.shards import find_shards
 from hf_slim.saving.report import count_parameters

@@ -25,7 +25,7 @@ from hf_slim import (
 )
 from hf_slim.arguments import place_steps
 from hf_slim.cli import main
-from hf_slim.compaction.compact import compact_model
+from hf_slim.compaction.cut_tensors import compact_model
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.output_comparison import VerificationError
 from hf_slim.saving.report import measure_latency

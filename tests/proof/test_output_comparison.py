@@ -9,7 +9,7 @@ import transformers
 from conftest import STACK, TEXT, build
 from transformers import BatchEncoding, DynamicCache
 
-from hf_slim.compaction.compact import compact_model
+from hf_slim.compaction.cut_tensors import compact_model
 from hf_slim.compaction.zeros import zero_units
 from hf_slim.proof.made_inputs import make_inputs
 from hf_slim.proof.output_comparison import VerificationError, compare_outputs, compute_outputs

@@ -5,7 +5,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_slim.structures.attention import matches_mha, owner_of, read_mha
-from hf_slim.structures.layout import Fused, MhaLayout
+from hf_slim.structures.layout_rows import Fused, MhaLayout
 from hf_slim.structures.structure import UnaccountedError
 
 SEPARATE = MhaLayout(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj"))

@@ -15,7 +15,7 @@ from transformers import (
     ReformerModel,
 )
 
-from hf_slim.compaction.compact import compact_model
+from hf_slim.compaction.cut_tensors import compact_model
 from hf_slim.structures.discovery import exclude_structures, find_structures, require_structures
 
 EXPECTED = {

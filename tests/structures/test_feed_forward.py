@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_slim.structures.feed_forward import matches_ffn, read_ffn
-from hf_slim.structures.layout import FfnLayout
+from hf_slim.structures.layout_rows import FfnLayout
 from hf_slim.structures.structure import UnaccountedError
 
 PLAIN = FfnLayout(("fc1",), "fc2", between=("between",))

@@ -51,7 +51,7 @@ def run(model, folder, *, live, callbacks=(), **settings):
 def warned(monkeypatch):
     """The warnings of live compaction."""
     messages = []
-    for module in ("slimmer", "live_units", "pending_units"):
+    for module in ("slimmer", "removed_units", "undecided_units"):
         monkeypatch.setattr(f"hf_slim.training.{module}.logger.warning", messages.append)
     return messages
 
@@ -66,7 +66,7 @@ def proofs(monkeypatch):
         made.append((sorted(s.name for s in structures), calls, proof))
         return proof
 
-    monkeypatch.setattr("hf_slim.training.live_units.compact_proven", compact)
+    monkeypatch.setattr("hf_slim.training.removed_units.compact_proven", compact)
     return made
 
 
@@ -397,7 +397,7 @@ def test_nothing_is_left_of_a_run():
 
 @pytest.mark.parametrize("cut", ["nothing", "all"])
 def test_cuttings_come_back_bit_for_bit(family, cut):
-    from hf_slim.compaction.compact import compact_model
+    from hf_slim.compaction.cut_tensors import compact_model
 
     model = build(family)
     optimizer = torch.optim.AdamW(model.parameters())

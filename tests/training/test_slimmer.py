@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_slim import SlimConfig
-from hf_slim.training.masked_units import MaskedUnits
 from hf_slim.training.slimmer import Slimmer
+from hf_slim.training.zeroed_units import MaskedUnits
 
 LATE = {"slim_start": 100, "slim_end": 200}
 NOW = {"slim_start": 1, "slim_end": 1, "slim_schedule": "oneshot"}

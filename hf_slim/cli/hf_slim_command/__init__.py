@@ -35,6 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["demo", "run", "bench"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     chosen = parser.parse_args(argv)
-    from hf_slim.cli.command import run_command
+    from hf_slim.cli.subcommands import run_command
 
     return run_command(chosen.command, chosen.flags)

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..linear_layers import find_child, find_layer, join
-from ..projection_layouts import HEAD_SIZES
+from ..projection_names import HEAD_SIZES
 from ..source_code import parse_function
 from ..structure import Member, Structure, get_tensor
 from ..unit_counts import get_field
-from .activations import is_elementwise
+from .activation_functions import is_elementwise
 from .axes import NARROW, UNKNOWN, Many, Plain, Size, Units, UnreadableError, glu
 from .functions import Scope
 from .operations import apply_operation, shape_of

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from hf_slim.structures.custom_code.axes import UnreadableError
 from hf_slim.structures.custom_code.dataflow import read_flow
 from hf_slim.structures.feed_forward import read_ffn
-from hf_slim.structures.layout import FfnLayout
+from hf_slim.structures.layout_rows import FfnLayout
 
 
 class Network(nn.Module):

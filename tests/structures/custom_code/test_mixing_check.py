@@ -7,9 +7,9 @@ import torch
 from conftest import build
 from torch import nn
 
-from hf_slim.structures.custom_code import check
-from hf_slim.structures.custom_code.activations import InconclusiveError
-from hf_slim.structures.custom_code.check import find_strange
+from hf_slim.structures.custom_code import mixing_check
+from hf_slim.structures.custom_code.activation_functions import InconclusiveError
+from hf_slim.structures.custom_code.mixing_check import find_strange
 from hf_slim.structures.discovery import find_structures
 
 
@@ -29,7 +29,7 @@ def strange(change=lambda model: None):
 
 
 def test_code_of_transformers_is_not_tried(monkeypatch):
-    monkeypatch.setattr(check, "probe_module", lambda module, structure: "tried")
+    monkeypatch.setattr(mixing_check, "probe_module", lambda module, structure: "tried")
     assert strange() is None
     assert strange(lambda layer: setattr(layer.intermediate, "intermediate_act_fn", Relu())) == "tried"
 
@@ -49,7 +49,7 @@ def test_an_activation_that_mixes_is_named_when_nothing_else_is_known(monkeypatc
     def fail(module, structure):
         raise InconclusiveError("it cannot be run")
 
-    monkeypatch.setattr(check, "probe_module", fail)
+    monkeypatch.setattr(mixing_check, "probe_module", fail)
     act = "its activation intermediate.intermediate_act_fn is no function of each element"
     reason = strange(lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.Softmax(-1)))
     assert reason == f"{act}: it makes channels depend on one another"
@@ -58,13 +58,13 @@ def test_an_activation_that_mixes_is_named_when_nothing_else_is_known(monkeypatc
 
 @pytest.mark.parametrize(("kind", "known"), [(nn.Linear, True), (Relu, False), (nn.Module, True)])
 def test_known_classes(kind, known):
-    assert check._is_known_class(kind) is known
+    assert mixing_check._is_known_class(kind) is known
 
 
 def test_a_forward_of_ones_own_is_not_known():
     module = nn.ReLU()
-    assert check._is_known(module)
+    assert mixing_check._is_known(module)
     module.forward = partial(torch.relu)
-    assert check._is_known(module) is True
+    assert mixing_check._is_known(module) is True
     module.forward = lambda x: x
-    assert check._is_known(module) is False
+    assert mixing_check._is_known(module) is False

@@ -12,11 +12,11 @@ from ..compaction import compact_model
 from ..parallel import Shards
 from ..proof import VerificationError
 from ..structures import Masks, Structure
+from .dropped_units import Step, Units
 from .live_proof import compact_proven, is_costly
-from .masked_units import MaskedUnits
 from .model_shape import ModelShape
-from .units import Step, Units
 from .weight_copies import find_copy
+from .zeroed_units import MaskedUnits
 
 logger = logging.get_logger(__name__)
 

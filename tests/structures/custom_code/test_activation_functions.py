@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_slim.structures.custom_code.activations import (
+from hf_slim.structures.custom_code.activation_functions import (
     InconclusiveError,
     calm,
     find_mixed,

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling_hf_slim import DENSE_NUMBERS, DENSE_SHAPES, RECORD_KEY, get_number, infers_widths
 from ..structures import CONFIG_CHANNELS, CONFIG_HEADS, Structure, get_module
-from .shape_record import (
+from .config_record import (
     EXPRESSED,
     find_owners,
     find_pretrained,

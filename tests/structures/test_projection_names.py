@@ -5,7 +5,7 @@ from conftest import build
 from torch import nn
 
 from hf_slim import FfnLayout, Fused, MhaLayout, find_structures, register_layout
-from hf_slim.structures.projection_layouts import FFN_LAYOUTS, MHA_LAYOUTS, layouts_of
+from hf_slim.structures.projection_names import FFN_LAYOUTS, MHA_LAYOUTS, layouts_of
 
 
 class Network(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .linear_layers import find_tensor, join, layer_of
-from .projection_layouts import HEAD_TENSORS, QUERY_HEAD_COUNTS, SHARED_TABLES
+from .projection_names import HEAD_TENSORS, QUERY_HEAD_COUNTS, SHARED_TABLES
 from .source_code import find_reads
 from .structure import Count, Discovery, Explained, Member, Skipped, Structure, blocks, get_module
 

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from ...modeling_hf_slim import infer_widths, set_sizes
 from ..structure import Structure, get_module, get_tensor
 from ..unit_counts import set_count
-from .activations import InconclusiveError, calm, is_plain_function
+from .activation_functions import InconclusiveError, calm, is_plain_function
 
 _LIMIT = 50_000_000
 """Elements of a copy; one of a larger module gets so many units only."""

@@ -11,11 +11,11 @@ from transformers.utils import logging
 from ..compaction import find_state_slices
 from ..parallel import Shards
 from ..structures import Structure
-from .live_units import ZEROS, LiveUnits
-from .masked_units import MaskedUnits
+from .dropped_units import Units
 from .model_shape import ModelShape
 from .plan import Plan
-from .units import Units
+from .removed_units import ZEROS, LiveUnits
+from .zeroed_units import MaskedUnits
 
 logger = logging.get_logger(__name__)
 

@@ -4,7 +4,7 @@ import torch
 from conftest import build
 from torch import nn
 
-from hf_slim.structures.shared_tables import join_blocks, join_by_tables, name_in_stack
+from hf_slim.structures.shared_position_biases import join_blocks, join_by_tables, name_in_stack
 from hf_slim.structures.structure import Count, Discovery, Member, Skipped, Structure, blocks
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from ..compaction import Slices, find_state_slices, find_zeros, zero_state
 from ..parallel import Place, Shards, Zeros
 from ..structures import Masks, Structure, get_tensor
+from .dropped_units import Step, Units
 from .model_shape import ModelShape
-from .units import Step, Units
 
 
 class MaskedUnits:

@@ -175,7 +175,7 @@ def test_training_again_goes_on_from_what_is_left(tmp_path):
 
 def messages_of(monkeypatch):
     messages = []
-    for module in ("live_units", "pending_units"):
+    for module in ("removed_units", "undecided_units"):
         monkeypatch.setattr(f"hf_slim.training.{module}.logger.info", messages.append)
     return messages
 

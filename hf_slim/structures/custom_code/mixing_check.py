@@ -13,10 +13,10 @@ from torch import nn
 from ...modeling_hf_slim import written_class
 from ..linear_layers import find_child, join
 from ..structure import Structure
-from .activations import InconclusiveError, find_mixed
+from .activation_functions import InconclusiveError, find_mixed
 from .axes import UnreadableError
 from .dataflow import read_flow
-from .trial import probe_module, relative
+from .numeric_trial import probe_module, relative
 
 _KNOWN = frozenset(("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "hf_slim"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

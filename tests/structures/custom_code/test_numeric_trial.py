@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_slim.structures.custom_code import trial
-from hf_slim.structures.custom_code.activations import InconclusiveError
-from hf_slim.structures.custom_code.trial import probe_module, relative
+from hf_slim.structures.custom_code import numeric_trial
+from hf_slim.structures.custom_code.activation_functions import InconclusiveError
+from hf_slim.structures.custom_code.numeric_trial import probe_module, relative
 from hf_slim.structures.feed_forward import read_ffn
-from hf_slim.structures.layout import FfnLayout
+from hf_slim.structures.layout_rows import FfnLayout
 from hf_slim.structures.structure import Count
 
 ROW = FfnLayout(("fc1",), "fc2")
@@ -90,20 +90,20 @@ def test_what_says_nothing(module, reason):
 
 
 def test_of_a_large_module_some_channels_are_tried(monkeypatch):
-    monkeypatch.setattr(trial, "_LIMIT", 40)
-    monkeypatch.setattr(trial, "_proven", {})
+    monkeypatch.setattr(numeric_trial, "_LIMIT", 40)
+    monkeypatch.setattr(numeric_trial, "_proven", {})
     assert probe(Network()) is None
     assert probe(Softmaxed()).startswith("what it computes with 2 of 4 units")
-    monkeypatch.setattr(trial, "_LIMIT", 3)
-    monkeypatch.setattr(trial, "_proven", {})
+    monkeypatch.setattr(numeric_trial, "_LIMIT", 3)
+    monkeypatch.setattr(numeric_trial, "_proven", {})
     with pytest.raises(InconclusiveError, match="^it is too large to be tried$"):
         probe(Network())
 
 
 def test_a_module_like_another_is_not_run_again(monkeypatch):
-    monkeypatch.setattr(trial, "_proven", {})
+    monkeypatch.setattr(numeric_trial, "_proven", {})
     assert probe(Network()) is None
-    monkeypatch.setattr(trial, "_probe", lambda module, structure: "tried again")
+    monkeypatch.setattr(numeric_trial, "_probe", lambda module, structure: "tried again")
     assert probe(Network()) is None
     assert probe(nn.Sequential().append(Network())[0].double()) is None
     assert probe(Softmaxed()) == "tried again"

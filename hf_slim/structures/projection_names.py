@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from .layout import FfnLayout, Fused, MhaLayout
+from .layout_rows import FfnLayout, Fused, MhaLayout
 
 FFN_LAYOUTS = (
     FfnLayout(("gate_proj", "up_proj"), "down_proj", between=("ffn_sub_norm",)),

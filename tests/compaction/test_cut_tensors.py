@@ -9,7 +9,7 @@ from conftest import FAMILIES, STACK, build, half_masks, logits, make_batch
 from watching import Watching
 
 from hf_slim import model_slim
-from hf_slim.compaction.compact import compact_model, round_masks
+from hf_slim.compaction.cut_tensors import compact_model, round_masks
 from hf_slim.compaction.zeros import find_zero_units, zero_units
 from hf_slim.parallel.offloaded_weights import change_tensor
 from hf_slim.parallel.tiles import find_nonzero
@@ -211,6 +211,6 @@ def test_the_old_tensor_is_gone_before_the_next_is_read(monkeypatch):
         sizes.append(sum(p.untyped_storage().nbytes() for p in model.parameters()))
         change_tensor(model, name, function)
 
-    monkeypatch.setattr("hf_slim.compaction.compact.change_tensor", change)
+    monkeypatch.setattr("hf_slim.compaction.cut_tensors.change_tensor", change)
     compact_model(model, structures, half_masks(structures))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)

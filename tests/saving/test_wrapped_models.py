@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_slim import model_slim, save_slimmed
 from hf_slim.proof.made_inputs import make_inputs
 from hf_slim.proof.output_comparison import VerificationError
-from hf_slim.saving.model_containers import copy_model, find_pretrained
+from hf_slim.saving.wrapped_models import copy_model, find_pretrained
 
 
 class Forgetful(Holder):

@@ -9,8 +9,13 @@ import pytest
 # Read when PyTorch and tokenizers are imported, here, in the workers and in the processes that tests start. Tiny
 # models gain nothing from more threads, and threads that spin while they wait make them several times slower on a busy
 # machine.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(name, value)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -30,7 +30,7 @@ from ..arguments import SlimConfig
 from ..compaction import compact_model, has_record, model_slim, record_shapes, zero_units
 from ..saving import count_bytes, count_parameters
 from ..structures import Discovery, Kind, Structure, find_structures, get_tensor, require_structures
-from ..training import select_units
+from ..training import check_reachable, select_units
 from .flags import BenchArguments, Sparsity
 
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -289,15 +289,14 @@ def _select(model: PreTrainedModel, structures: tuple[Structure, ...], sparsity:
     kinds: tuple[tuple[Kind, float], ...] = (("ffn", sparsity.ffn2), ("mha", sparsity.mha))
     for kind, fraction in kinds:
         if fraction:
-            masks |= select_units(
-                require_structures(model, Discovery(structures), kind),
-                scores,
-                masks,
-                fraction,
-                scope=settings.slim_scope,
-                round_to=settings.slim_round_to,
-                min_heads=settings.slim_min_heads,
-            )
+            chosen = require_structures(model, Discovery(structures), kind)
+            limits: dict[str, Any] = {
+                "scope": settings.slim_scope,
+                "round_to": settings.slim_round_to,
+                "min_heads": settings.slim_min_heads,
+            }
+            check_reachable(chosen, fraction, **limits)
+            masks |= select_units(chosen, scores, masks, fraction, **limits)
     return masks
 
 

@@ -12,4 +12,4 @@ from .model_shape import ModelShape, find_shape
 from .schedule import Schedule
 from .slimmer import Slimmer
 from .trainer_session import attending
-from .unit_selection import select_units
+from .unit_selection import check_reachable, select_units

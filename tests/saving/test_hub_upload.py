@@ -107,7 +107,7 @@ def upload(folder, script, *, faults=None, mode=lambda path: "regular", address=
     environment = {**os.environ, "HF_ENDPOINT": address or server.address, "HF_HOME": str(folder.parent / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
     environment["HF_HUB_DISABLE_XET"] = "1" if protocol == "lfs" else "0"
-    environment.pop("HF_HUB_OFFLINE", None)
+    environment["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     server.shutdown()

@@ -1,4 +1,4 @@
-"""How masks are applied while a model trains: what masked, pending and live units have in common."""
+"""How masks are applied while a model trains: what zeroed, undecided and removed units have in common."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Step(NamedTuple):
     others: Iterable[Any] = ()
 
 
-class Units(Protocol):
+class DroppedUnits(Protocol):
     """Dropped units, in the model as zeros or gone from it."""
 
     @property
     def removes(self) -> bool:
         """Whether units leave the model, now or later."""
 
-    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
+    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> DroppedUnits:
         """Choose how masks are applied from here on, once the optimizer's state is known.
 
         Args:
@@ -47,7 +47,7 @@ class Units(Protocol):
             RuntimeError: If units cannot leave the model, and nothing else will do.
         """
 
-    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> Units:
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> DroppedUnits:
         """Drop the units that masks drop.
 
         Args:

@@ -12,11 +12,11 @@ from ..compaction import compact_model
 from ..parallel import Shards
 from ..proof import VerificationError
 from ..structures import Masks, Structure
-from .dropped_units import Step, Units
+from .dropped_units import DroppedUnits, Step
 from .live_proof import compact_proven, is_costly
 from .model_shape import ModelShape
 from .weight_copies import find_copy
-from .zeroed_units import MaskedUnits
+from .zeroed_units import ZeroedUnits
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +24,7 @@ ZEROS = "Dropped units stay in the model as zeros until it is saved: {}."
 _NOT_CALLED = "the model was not called as a module in the step"
 
 
-class LiveUnits:
+class RemovedUnits:
     """Dropped units that leave the model at once: one of the ways to apply masks while training.
 
     The model, the optimizer's state for it and its shape record shrink at every pruning step, so that training speeds
@@ -45,12 +45,12 @@ class LiveUnits:
         self._is_required = is_required
         self._has_warned = False
 
-    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
+    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> DroppedUnits:
         """It stays as it is."""
         return self
 
-    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> Units:
-        """Remove the units, or leave them as zeros if they cannot go; see `Units`.
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> DroppedUnits:
+        """Remove the units, or leave them as zeros if they cannot go; see `DroppedUnits`.
 
         Where a proof costs more than a training step, only the last pruning step and those that take units from a
         structure for the first time are proven.
@@ -99,6 +99,6 @@ class LiveUnits:
             self._has_warned = True
             logger.warning(f"The removal of units is not proven on the batch of the training: {gap}.")
 
-    def _keep_zeros(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> Units:
-        units = MaskedUnits(self.shape, self._shards)
+    def _keep_zeros(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> DroppedUnits:
+        units = ZeroedUnits(self.shape, self._shards)
         return units.apply(model, masks, optimizer, step)

@@ -14,11 +14,11 @@ from ..compaction import find_zero_units, has_state
 from ..parallel import find_shards, whole_shapes
 from ..structures import Structure, find_structures
 from .captured_batch import Call, Capture
-from .dropped_units import Step, Units
+from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
 from .model_shape import ModelShape, find_shape
 from .plan import Settings, Target, find_live_choice, make_plan
-from .removed_units import LiveUnits
+from .removed_units import RemovedUnits
 from .saved_state import check_fit, read_masks, refuse_other_settings
 from .smoothed_scores import Scores, agree_on, refuse_nonfinite
 from .undecided_units import choose_units
@@ -84,7 +84,7 @@ class Slimmer:
             found = self.shape.found
             self.plan = make_plan(model, settings, max_steps, found=found, begin=begin, steps=steps)
         keeps_zeros = was_masked or (saved is not None and bool(saved.get("zeros")))
-        self._units: Units = choose_units(
+        self._units: DroppedUnits = choose_units(
             self.plan, self.shape, self._shards, model, optimizer, obstacle=obstacle, keeps_zeros=keeps_zeros
         )
         used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
@@ -106,7 +106,7 @@ class Slimmer:
     @property
     def is_live(self) -> bool:
         """Whether dropped units have left the model, or will."""
-        return isinstance(self._units, LiveUnits) or self.shape.has_removed
+        return isinstance(self._units, RemovedUnits) or self.shape.has_removed
 
     @property
     def unproven(self) -> set[str]:

@@ -11,16 +11,16 @@ from transformers.utils import logging
 from ..compaction import find_state_slices
 from ..parallel import Shards
 from ..structures import Structure
-from .dropped_units import Units
+from .dropped_units import DroppedUnits
 from .model_shape import ModelShape
 from .plan import Plan
-from .removed_units import ZEROS, LiveUnits
-from .zeroed_units import MaskedUnits
+from .removed_units import ZEROS, RemovedUnits
+from .zeroed_units import ZeroedUnits
 
 logger = logging.get_logger(__name__)
 
 
-class PendingUnits(MaskedUnits):
+class UndecidedUnits(ZeroedUnits):
     """Dropped units that stay as zeros until it is known whether the optimizer's state can be cut like the weights.
 
     Most optimizers have no state before their first step.
@@ -38,17 +38,17 @@ class PendingUnits(MaskedUnits):
         super().__init__(shape, shards)
         self._is_required = is_required
 
-    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
-        """Take live compaction if the optimizer's state can be cut; see `Units`."""
+    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> DroppedUnits:
+        """Take live compaction if the optimizer's state can be cut; see `DroppedUnits`."""
         obstacle = _find_state_obstacle(model, optimizer, self.shape, structures)
         if obstacle is None:
-            return LiveUnits(self.shape, self._shards, is_required=self._is_required)
+            return RemovedUnits(self.shape, self._shards, is_required=self._is_required)
         if self._is_required:
             raise RuntimeError(
                 f"slim_live=True cannot be used here: {obstacle}. Use another optimizer, or slim_live=False."
             )
         logger.info(ZEROS.format(obstacle))
-        return MaskedUnits(self.shape, self._shards)
+        return ZeroedUnits(self.shape, self._shards)
 
 
 def choose_units(
@@ -60,7 +60,7 @@ def choose_units(
     *,
     obstacle: str | None,
     keeps_zeros: bool,
-) -> Units:
+) -> DroppedUnits:
     """Choose how masks are applied in a training that is about to begin.
 
     Args:
@@ -89,8 +89,8 @@ def choose_units(
             "shapes cannot change, train with slim_live=False."
         )
     if keeps_zeros or plan.live is False or obstacle is not None or not plan.targets:
-        return MaskedUnits(shape, shards)
-    return PendingUnits(shape, shards, is_required=is_required)
+        return ZeroedUnits(shape, shards)
+    return UndecidedUnits(shape, shards, is_required=is_required)
 
 
 def _find_norm(structures: Iterable[Structure]) -> str | None:

@@ -11,11 +11,11 @@ from torch import nn
 from ..compaction import Slices, find_state_slices, find_zeros, zero_state
 from ..parallel import Place, Shards, Zeros
 from ..structures import Masks, Structure, get_tensor
-from .dropped_units import Step, Units
+from .dropped_units import DroppedUnits, Step
 from .model_shape import ModelShape
 
 
-class MaskedUnits:
+class ZeroedUnits:
     """Dropped units that stay in the model as zeros: one of the ways to apply masks while training.
 
     The zeros are written when units are dropped, into the weights and into what the optimizer keeps for them. From
@@ -41,13 +41,13 @@ class MaskedUnits:
         self._zeros: dict[str, Zeros] = {}  # for each structure's name
         self._returned: set[Place] = set()  # what something else has written over
 
-    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> Units:
+    def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> DroppedUnits:
         """Choose how masks are applied from here on; as zeros, too."""
         return self
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> Units:
-        """Write the zeros; see `Units`."""
+    def apply(self, model: nn.Module, masks: Masks, optimizer: Any, step: Step) -> DroppedUnits:
+        """Write the zeros; see `DroppedUnits`."""
         left = self.shape.narrow_masks(masks)
         structures = map(self.shape.find_current, left)
         self._zeros = {s.name: find_zeros(model, [s], left, self._shards) for s in structures}
@@ -59,7 +59,7 @@ class MaskedUnits:
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Write what moves again; see `Units`."""
+        """Write what moves again; see `DroppedUnits`."""
         zeros = [z for found in self._zeros.values() for z in found]
         if not self._is_seen:
             unseen = [z for z in zeros if z[:2] not in self._restless]
@@ -70,7 +70,7 @@ class MaskedUnits:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: Any = None) -> list[str]:
-        """Write what is not zero any more; see `Units`."""
+        """Write what is not zero any more; see `DroppedUnits`."""
         places = [(name, z) for name, zeros in self._zeros.items() for z in zeros]
         told = self._shards.find_returned(model, [z for _, z in places])
         returned = [place for place, is_back in zip(places, told, strict=True) if is_back]

@@ -13,7 +13,7 @@ from hf_slim.parallel.shards import find_shards
 from hf_slim.training.dropped_units import Step
 from hf_slim.training.model_shape import ModelShape
 from hf_slim.training.weight_copies import find_copy
-from hf_slim.training.zeroed_units import MaskedUnits
+from hf_slim.training.zeroed_units import ZeroedUnits
 
 COME_BACK = "Dropped units of bert.encoder.layer.0.output.dense, "
 
@@ -199,7 +199,7 @@ def test_only_what_came_back_is_written_after_every_step():
     model = build("bert")
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
-    units = MaskedUnits(ModelShape(find_structures(model)), find_shards(model))
+    units = ZeroedUnits(ModelShape(find_structures(model)), find_shards(model))
     units.apply(model, masks, None, Step())
     assert units.restore(model) == [] and units._restless == set()
     name = "bert.encoder.layer.0.output.dense"

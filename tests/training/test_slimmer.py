@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_slim import SlimConfig
 from hf_slim.training.slimmer import Slimmer
-from hf_slim.training.zeroed_units import MaskedUnits
+from hf_slim.training.zeroed_units import ZeroedUnits
 
 LATE = {"slim_start": 100, "slim_end": 200}
 NOW = {"slim_start": 1, "slim_end": 1, "slim_schedule": "oneshot"}
@@ -115,7 +115,7 @@ def test_nothing_is_done_after_the_schedule(make):
         slimming.advance(model, optimizer, 3, skipped=True)
     assert sizes.most == 0
     units = slimming._units
-    assert isinstance(units, MaskedUnits) and units._is_seen and not units._restless
+    assert isinstance(units, ZeroedUnits) and units._is_seen and not units._restless
     for step in range(4, 8):
         take_step(model, optimizer, slimming, step)
     check_zeros(model, slimming)

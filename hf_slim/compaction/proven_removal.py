@@ -112,8 +112,8 @@ def find_removable(model: nn.Module, multiple: int, known: Masks | None = None) 
     Args:
         model: The masked model.
         multiple: Multiple for the number of intermediate channels.
-        known: For the names of structures whose zero units are known a boolean tensor of shape `[units]`, True = keep;
-            those of the others are looked for.
+        known: For the names of structures with units that are known to be zero a boolean tensor of shape `[units]`,
+            True = keep. What else is zero is looked for.
 
     Returns:
         Its structures; and for the name of each a boolean tensor of shape `[units]`, True = keep.
@@ -128,7 +128,8 @@ def find_removable(model: nn.Module, multiple: int, known: Masks | None = None) 
     check_values(model, (member.tensor for s in structures for member in s.members))
     known = {} if known is None else known
     masks = {s.name: known[s.name] for s in structures if len(known.get(s.name, ())) == s.units}
-    masks |= find_zero_units(model, [s for s in structures if s.name not in masks])
+    for name, used in find_zero_units(model, structures).items():
+        masks[name] = masks.get(name, used) & used
     return structures, round_masks(structures, masks, multiple)
 
 

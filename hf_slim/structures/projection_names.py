@@ -297,7 +297,7 @@ def register_layout(layout: FfnLayout | MhaLayout) -> None:
     """
     paths: dict[str, tuple[str | Fused, ...]]
     if isinstance(layout, FfnLayout):
-        paths = {"first": layout.first}
+        paths = {"first": layout.first, "second": (layout.second,)}
     elif isinstance(layout, MhaLayout):
         paths = {"inputs": layout.inputs, "outputs": layout.outputs}
     else:
@@ -305,7 +305,7 @@ def register_layout(layout: FfnLayout | MhaLayout) -> None:
             f"A layout is needed, got {layout!r}: make an FfnLayout or an MhaLayout of a module's children."
         )
     for name, value in paths.items():
-        if not isinstance(value, tuple) or not value:
+        if not isinstance(value, tuple) or not all(value) or not value:
             raise ValueError(
                 f"{name} of a layout must be a tuple of paths, got {value!r}: one alone is written (path,)."
             )

@@ -49,20 +49,12 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         Args:
             model: The trainer's model; left alone if it is another one by now.
         """
-        if self.slimming is not None and self._trained() is model:
+        if self.slimming is not None and self._is_trained(model):
             self.slimming.restore_zeros(model)
 
     def find_masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The masks of the units that are in a model.
-
-        Args:
-            model: The trainer's model.
-
-        Returns:
-            For each structure's name a boolean tensor of shape `[units]`, True = keep; nothing if it is not the model
-            that was trained.
-        """
-        return self.slimming.masks_left if self.slimming is not None and self._trained() is model else {}
+        """The masks, True = keep, of the units that are in the trainer's model; none if it is not the one trained."""
+        return self.slimming.masks_left if self.slimming is not None and self._is_trained(model) else {}
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -238,6 +230,10 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             dropped; 0 where none are scheduled.
         """
         return self._running.sparsities()
+
+    def _is_trained(self, model: nn.Module) -> bool:
+        """Whether a model is the one that was trained, with the tensors that it had at the end."""
+        return self._trained() is model and self.slimming is not None and self.slimming.fits(model, is_same=True)
 
     @property
     def _running(self) -> Slimmer:

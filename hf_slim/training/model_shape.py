@@ -31,6 +31,7 @@ class ModelShape:
     Attributes:
         found: The same.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
+        is_recorded: Whether the model's configs are its own and record the shape, in the training that goes on.
         proven: The output weights that took part in a proof that the model computes the same without the units.
     """
 
@@ -38,6 +39,7 @@ class ModelShape:
         """See the class."""
         self.found = found
         self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in found.structures}
+        self.is_recorded = False
         self.proven: set[str] = set()
         self._current = {s.name: s for s in found.structures}
         self._sizes: dict[str, torch.Size] = {}
@@ -158,8 +160,9 @@ class ModelShape:
         self.follow(model, self.found.structures, whole)
 
     def _record(self, model: nn.Module) -> None:
-        if vars(model).get(_KEPT_AS) is None:
+        if not self.is_recorded:  # other models may have been built from the configs since
             own_configs(model)
+        self.is_recorded = True
         vars(model)[_KEPT_AS] = self
         names = {member.tensor for structure in self._current.values() for member in structure.members}
         self._sizes = {name: get_tensor(model, name).shape for name in names}

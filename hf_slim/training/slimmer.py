@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from transformers.utils import logging
 
 from ..arguments import CriterionName
 from ..compaction import find_zero_units, has_state
-from ..parallel import find_shards, whole_shapes
-from ..structures import Structure, find_structures
+from ..parallel import find_shards, whole_shape, whole_shapes
+from ..structures import Structure, find_structures, get_tensor
 from .captured_batch import Call, Capture
 from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
@@ -81,6 +82,7 @@ class Slimmer:
         shape = None if begins_anew else find_shape(model)
         with whole_shapes(model):
             self.shape = shape or ModelShape(find_structures(model))
+            self.shape.is_recorded = False
             found = self.shape.found
             self.plan = make_plan(model, settings, max_steps, found=found, begin=begin, steps=steps)
         keeps_zeros = was_masked or (saved is not None and bool(saved.get("zeros")))
@@ -96,6 +98,7 @@ class Slimmer:
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer, Step())
+        self._note_tensors(model)
         self._undo = self._shards.call_before_step(lambda: self._score(model))
 
     def close(self) -> None:
@@ -193,6 +196,24 @@ class Slimmer:
             raise
         self._forget_scores()
 
+    def fits(self, model: nn.Module, *, is_same: bool = False) -> bool:
+        """Whether a model has the tensors that this training left, in their sizes.
+
+        Args:
+            model: The model that was trained, or a copy of it, whatever has been done to it since.
+            is_same: Ask for the very parameters, so that layers have not changed places.
+
+        Returns:
+            Whether what is known of dropped units holds for it.
+        """
+        found = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        return all(
+            name in found
+            and whole_shape(found[name]) == size
+            and (not is_same or parameter is None or parameter() is found[name])
+            for name, (size, parameter) in self._tensors.items()
+        )
+
     def restore_zeros(self, model: nn.Module, optimizer: Any = None) -> list[str]:
         """Look at the dropped units that are in the model as zeros, and write zeros again where something is not.
 
@@ -205,6 +226,8 @@ class Slimmer:
         Returns:
             The names of the structures of which units had come back.
         """
+        if not self.fits(model):
+            return []  # it has been made smaller since, or changed otherwise
         if names := self._units.restore(model, optimizer):
             self._warn_once("back", _COME_BACK.format(", ".join(names)))
         return names
@@ -255,6 +278,14 @@ class Slimmer:
         self.scores.take_up({name: self.shape.narrow(name, values) for name, values in scores.items()})
         self._events = list(saved["events"])
 
+    def _note_tensors(self, model: nn.Module) -> None:
+        """Note the tensors of the structures, and which they are where processes do not hold parts of them."""
+        self._tensors: dict[str, tuple[torch.Size, weakref.ref[torch.Tensor] | None]] = {}
+        for member in (m for structure in self._current(self.plan.structures) for m in structure.members):
+            tensor = get_tensor(model, member.tensor)
+            is_whole = type(tensor) is nn.Parameter and tensor.shape == whole_shape(tensor)
+            self._tensors[member.tensor] = whole_shape(tensor), weakref.ref(tensor) if is_whole else None
+
     def _due(self, step: int) -> list[bool]:
         """Which targets have a pruning step at a step, or one from before that is not done."""
         targets = zip(self.plan.targets, self._events, strict=True)
@@ -289,6 +320,7 @@ class Slimmer:
         whole = {name: self.shape.expand(name, scores) for name, scores in self.scores.smoothed.items()}
         units = self._units.settle(model, optimizer, self.plan.structures)
         self._units = units.apply(model, self.masks, optimizer, step)
+        self._note_tensors(model)
         self.scores.smoothed = {name: self.shape.narrow(name, scores) for name, scores in whole.items()}
         if self.shape.has_removed and step.is_last and self.unproven:
             self._warn_once("end", f"The removal of units is not proven for {', '.join(sorted(self.unproven))}.")

@@ -358,3 +358,55 @@ def test_training_on_with_an_optimizer_from_before_is_refused(tmp_path):
         trainer.train()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
+
+
+@pytest.mark.parametrize("live", [False, "auto"])
+def test_what_is_zero_besides_is_removed_too(live, tmp_path):
+    """The masks of the training are known; what somebody else has zeroed since is looked for."""
+    trainer, _ = prepare(tmp_path, live=live)
+    trainer.train()
+    expected = {s.name: s.after for s in save_slimmed(trainer, tmp_path / "before").structures}
+    name = "bert.encoder.layer.0.output.dense"
+    weight = trainer.model.get_parameter(f"{name}.weight")
+    kept = weight.any(0).nonzero().flatten()
+    assert len(kept) == expected[name]
+    with torch.no_grad():
+        weight[:, kept[8:]] = 0
+    found = {s.name: s.after for s in save_slimmed(trainer, tmp_path / "after").structures}
+    assert expected[name] > 8 and found == {**expected, name: 8}
+
+
+def test_a_model_that_is_made_smaller_after_training_is_left_alone(tmp_path, told):
+    trainer, batch = prepare(tmp_path, live=False)
+    trainer.train()
+    first = save_slimmed(trainer, tmp_path / "one", inplace=True)
+    before = weights(trainer.model)
+    second = save_slimmed(trainer, tmp_path / "two")
+    assert second.parameters_before == second.parameters_after == first.parameters_after
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+    assert not [message for message in told if "come back" in message]
+
+
+@pytest.mark.parametrize("change", ["dropped", "reversed"])
+def test_layers_that_are_dropped_or_change_places_after_training(change, tmp_path, told):
+    trainer, _ = prepare(tmp_path, live=False, slim_scope="local")
+    trainer.train()
+    encoder = trainer.model.bert.encoder
+    encoder.layer = encoder.layer[:1] if change == "dropped" else encoder.layer[::-1]
+    trainer.model.config.num_hidden_layers = len(encoder.layer)
+    before = weights(trainer.model)
+    report = save_slimmed(trainer, tmp_path / "slim")
+    assert [(s.before, s.after) for s in report.structures] == [(4, 2), (64, 32)] * len(encoder.layer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+    assert not [message for message in told if "come back" in message]
+
+
+def test_a_second_training_gives_the_model_a_config_of_its_own_again(tmp_path):
+    trainer, _ = prepare(tmp_path, live="auto", ffn2_sparsity=0.25, mha_sparsity=0.25)
+    trainer.train()
+    other = type(trainer.model)(trainer.model.config)
+    sizes, config = shapes(other), other.config.to_dict()
+    again = make_trainer(trainer.model, tmp_path / "again", slim_live="auto")
+    again.train()
+    assert shapes(again.model) != sizes and other.config.to_dict() == config
+    assert shapes(type(other)(other.config)) == sizes

@@ -106,6 +106,7 @@ def test_of_rows_that_match_the_largest_is_taken_and_of_those_the_last_registere
             r"^first of a layout must be a tuple of paths, got 'enter': one alone is written \(",
         ),
         (MhaLayout(("q", "k"), "o"), "^outputs of a layout must be a tuple of paths, got 'o'"),
+        (FfnLayout(("enter",), ""), r"^second of a layout must be a tuple of paths, got \(''"),
         (MhaLayout((), ("o",)), r"^inputs of a layout must be a tuple of paths, got \(\)"),
         (FFN_LAYOUTS[1], r"^This layout is known already, leave the call out: FfnLayout\(first=\('gate_up_proj',\)"),
     ],

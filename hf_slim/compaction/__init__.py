@@ -1,6 +1,17 @@
 """Units out of a model: what is zero is found, cut, recorded in the config and proven, or put back."""
 
-from .config_record import REMOTE_MODULE, find_auto_classes, find_pretrained, find_stock_class, forget_remote_code, has_record, has_remote_code, make_auto_map, own_configs, refresh_record
+from .config_record import (
+    REMOTE_MODULE,
+    find_auto_classes,
+    find_pretrained,
+    find_stock_class,
+    forget_remote_code,
+    has_record,
+    has_remote_code,
+    make_auto_map,
+    own_configs,
+    refresh_record,
+)
 from .cut_tensors import compact_model, round_up
 from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state

@@ -9,5 +9,16 @@ from .layout_rows import FfnLayout, Fused, MhaLayout
 from .linear_layers import BASE, find_tensor, join
 from .peft_adapters import REMEDY, has_adapters, merge_adapters
 from .projection_names import CONFIG_CHANNELS, CONFIG_HEADS, register_layout
-from .structure import Discovery, Kind, Masks, Member, Skipped, Structure, count_left, get_module, get_tensor, total_units
+from .structure import (
+    Discovery,
+    Kind,
+    Masks,
+    Member,
+    Skipped,
+    Structure,
+    count_left,
+    get_module,
+    get_tensor,
+    total_units,
+)
 from .unit_counts import set_count

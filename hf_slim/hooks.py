@@ -28,7 +28,7 @@ from .training import (
 
 
 def install_hooks() -> None:
-    """Put the hooks in force: once, however often this is called, and again where transformers was reloaded."""
+    """Put the hooks in force: once, however often this is called."""
     model, handler = modeling_utils.PreTrainedModel, trainer_callback.CallbackHandler
     _install(model, "post_init", _finish_model)
     _install(model, "from_pretrained", _load_model)

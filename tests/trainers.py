@@ -27,7 +27,7 @@ from hf_slim.compaction.zeros import find_zero_units
 WORDS = ("a", "the", "cat", "dog", "child", "river", "song", "train", "sees", "likes", "finds", "follows", "not")
 
 
-RUN = {
+STEPS = {
     "max_steps": 12,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-3,
@@ -36,8 +36,8 @@ RUN = {
     "report_to": "none",
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
-    "use_cpu": True,
 }
+RUN = {**STEPS, "use_cpu": True}
 
 
 def sentence_transformers():
@@ -65,17 +65,7 @@ def make_data(model, rows=32, seed=3):
 
 
 def make_trainer(model, folder, *, callbacks=(), config=None, trainer_class=Trainer, **settings):
-    settings = {
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **settings,
-    }
+    settings = {**STEPS, **settings}
     if config is None:
         args = SlimTrainingArguments(folder, **{**HALF, "slim_live": False, **settings})
     else:

@@ -233,7 +233,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
 
     def _is_trained(self, model: nn.Module) -> bool:
         """Whether a model is the one that was trained, with the tensors that it had at the end."""
-        return self._trained() is model and self.slimming is not None and self.slimming.fits(model, is_same=True)
+        return self._trained() is model and self.slimming is not None and self.slimming.shape.fits(model, is_same=True)
 
     @property
     def _running(self) -> Slimmer:

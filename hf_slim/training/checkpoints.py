@@ -16,7 +16,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..parallel import find_fixed_shapes
-from ..structures import find_structures
 from .callback import find_saved, find_state
 from .damaged_weight_files import find_damaged_weights
 from .model_shape import ModelShape, find_shape
@@ -107,7 +106,7 @@ def restore_shape(model: nn.Module, folder: str | os.PathLike[str], args: Traini
             f"{folder} is a checkpoint of a training with live compaction, but {obstacle}. Resume on one device, or "
             "start another training from it as a model (from_pretrained)."
         )
-    shape = shape or ModelShape(find_structures(model))
+    shape = shape or ModelShape(model)
     shape.take(model, read_masks(saved["dropped"], shape.masks))
 
 

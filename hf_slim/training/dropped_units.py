@@ -32,6 +32,10 @@ class DroppedUnits(Protocol):
     def removes(self) -> bool:
         """Whether units leave the model, now or later."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known how masks are applied, so that `settle` changes nothing."""
+
     def settle(self, model: nn.Module, optimizer: Any, structures: Sequence[Structure]) -> DroppedUnits:
         """Choose how masks are applied from here on, once the optimizer's state is known.
 

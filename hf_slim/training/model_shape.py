@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 
 from ..compaction import compact_model, find_pretrained, own_configs, refresh_record
 from ..modeling_hf_slim import set_sizes
-from ..parallel import change_tensor
-from ..structures import Discovery, Masks, Structure, get_module, get_tensor, set_count
+from ..parallel import change_tensor, whole_shape
+from ..structures import Masks, Structure, find_structures, get_module, get_tensor, set_count
 
 _KEPT_AS = "_hf_slim_shape"
 """Attribute of a model with what it has lost while it trained, or for a checkpoint of such a training."""
@@ -26,31 +27,46 @@ class ModelShape:
     has none: such a model is what it is.
 
     Args:
-        found: What discovery found in the model before anything is dropped.
+        model: The model, before anything is dropped.
 
     Attributes:
-        found: The same.
+        found: What discovery found in it.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
         is_recorded: Whether the model's configs are its own and record the shape, in the training that goes on.
         proven: The output weights that took part in a proof that the model computes the same without the units.
     """
 
-    def __init__(self, found: Discovery) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """See the class."""
-        self.found = found
+        self.found = found = find_structures(model)
         self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in found.structures}
         self.is_recorded = False
         self.proven: set[str] = set()
         self._current = {s.name: s for s in found.structures}
-        self._sizes: dict[str, torch.Size] = {}
+        self._note_tensors(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing is left of it in a copy or a pickle of the model."""
         return type(None), ()
 
-    def fits(self, model: nn.Module) -> bool:
-        """Whether a model has the sizes that it was left with."""
-        return all(get_tensor(model, name).shape == size for name, size in self._sizes.items())
+    def fits(self, model: nn.Module, *, is_same: bool = False) -> bool:
+        """Whether a model has the tensors of the structures, in the sizes that it was left with.
+
+        Args:
+            model: The model, or a copy of it, whatever has been done to it since.
+            is_same: Ask for the very parameters, so that layers have not changed places.
+
+        Returns:
+            Whether what is known of its units holds.
+        """
+        parameters = model.named_parameters(remove_duplicate=False)
+        found = {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+        return all(
+            name in found
+            and whole_shape(found[name]) == size
+            and (not is_same or parameter is None or parameter() is found[name])
+            for name, (size, parameter) in self._tensors.items()
+        )
 
     @property
     def has_removed(self) -> bool:
@@ -159,13 +175,20 @@ class ModelShape:
         whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
         self.follow(model, self.found.structures, whole)
 
+    def _note_tensors(self, model: nn.Module) -> None:
+        """Note sizes, and which parameters they are of where processes do not hold parts of them."""
+        self._tensors: dict[str, tuple[torch.Size, weakref.ref[torch.Tensor] | None]] = {}
+        for member in (m for structure in self._current.values() for m in structure.members):
+            tensor = get_tensor(model, member.tensor)
+            is_whole = type(tensor) is nn.Parameter and tensor.shape == whole_shape(tensor)
+            self._tensors[member.tensor] = whole_shape(tensor), weakref.ref(tensor) if is_whole else None
+
     def _record(self, model: nn.Module) -> None:
         if not self.is_recorded:  # other models may have been built from the configs since
             own_configs(model)
         self.is_recorded = True
         vars(model)[_KEPT_AS] = self
-        names = {member.tensor for structure in self._current.values() for member in structure.members}
-        self._sizes = {name: get_tensor(model, name).shape for name in names}
+        self._note_tensors(model)
         if "torch._dynamo" in sys.modules:  # after a few shapes torch.compile would run a function uncompiled
             torch.compiler.reset()
         for part in find_pretrained(model):

@@ -37,6 +37,7 @@ class RemovedUnits:
     """
 
     removes = True
+    is_settled = True
 
     def __init__(self, shape: ModelShape, shards: Shards, *, is_required: bool) -> None:
         """See the class."""

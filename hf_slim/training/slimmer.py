@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from transformers.utils import logging
 
 from ..arguments import CriterionName
 from ..compaction import find_zero_units, has_state
-from ..parallel import find_shards, whole_shape, whole_shapes
-from ..structures import Structure, find_structures, get_tensor
+from ..parallel import find_shards, whole_shapes
+from ..structures import Structure
 from .captured_batch import Call, Capture
 from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
@@ -81,7 +80,7 @@ class Slimmer:
         begins_anew = was_masked or find_live_choice(settings) is False or (obstacle is not None and saved is None)
         shape = None if begins_anew else find_shape(model)
         with whole_shapes(model):
-            self.shape = shape or ModelShape(find_structures(model))
+            self.shape = shape or ModelShape(model)
             self.shape.is_recorded = False
             found = self.shape.found
             self.plan = make_plan(model, settings, max_steps, found=found, begin=begin, steps=steps)
@@ -98,7 +97,6 @@ class Slimmer:
         if saved is not None:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer, Step())
-        self._note_tensors(model)
         self._undo = self._shards.call_before_step(lambda: self._score(model))
 
     def close(self) -> None:
@@ -155,7 +153,8 @@ class Slimmer:
             step: The optimizer step, counted from 1.
             called: What stands for the model where it is called: the model as torch.compile has wrapped it.
         """
-        if self._units.removes and (self.shape.find_shrinking(self.masks) or any(self._due(step))):
+        is_waiting = not self._units.is_settled and self.shape.find_shrinking(self.masks)
+        if self._units.removes and (is_waiting or any(self._due(step))):
             self._capture.begin(model, called)
 
     def advance(self, model: nn.Module, optimizer: Any, step: int, *, skipped: bool | torch.Tensor) -> None:
@@ -175,7 +174,7 @@ class Slimmer:
         calls = self._capture.end()
         self.scores.count(step, skipped)
         units = self._units
-        if has_state(optimizer):
+        if not units.is_settled and has_state(optimizer):
             self._units = units.settle(model, optimizer, self.plan.structures)
         before = dict(self.masks), list(self._events)
         due = self._due(step)
@@ -196,24 +195,6 @@ class Slimmer:
             raise
         self._forget_scores()
 
-    def fits(self, model: nn.Module, *, is_same: bool = False) -> bool:
-        """Whether a model has the tensors that this training left, in their sizes.
-
-        Args:
-            model: The model that was trained, or a copy of it, whatever has been done to it since.
-            is_same: Ask for the very parameters, so that layers have not changed places.
-
-        Returns:
-            Whether what is known of dropped units holds for it.
-        """
-        found = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        return all(
-            name in found
-            and whole_shape(found[name]) == size
-            and (not is_same or parameter is None or parameter() is found[name])
-            for name, (size, parameter) in self._tensors.items()
-        )
-
     def restore_zeros(self, model: nn.Module, optimizer: Any = None) -> list[str]:
         """Look at the dropped units that are in the model as zeros, and write zeros again where something is not.
 
@@ -226,7 +207,7 @@ class Slimmer:
         Returns:
             The names of the structures of which units had come back.
         """
-        if not self.fits(model):
+        if not self.shape.fits(model):
             return []  # it has been made smaller since, or changed otherwise
         if names := self._units.restore(model, optimizer):
             self._warn_once("back", _COME_BACK.format(", ".join(names)))
@@ -278,14 +259,6 @@ class Slimmer:
         self.scores.take_up({name: self.shape.narrow(name, values) for name, values in scores.items()})
         self._events = list(saved["events"])
 
-    def _note_tensors(self, model: nn.Module) -> None:
-        """Note the tensors of the structures, and which they are where processes do not hold parts of them."""
-        self._tensors: dict[str, tuple[torch.Size, weakref.ref[torch.Tensor] | None]] = {}
-        for member in (m for structure in self._current(self.plan.structures) for m in structure.members):
-            tensor = get_tensor(model, member.tensor)
-            is_whole = type(tensor) is nn.Parameter and tensor.shape == whole_shape(tensor)
-            self._tensors[member.tensor] = whole_shape(tensor), weakref.ref(tensor) if is_whole else None
-
     def _due(self, step: int) -> list[bool]:
         """Which targets have a pruning step at a step, or one from before that is not done."""
         targets = zip(self.plan.targets, self._events, strict=True)
@@ -320,7 +293,6 @@ class Slimmer:
         whole = {name: self.shape.expand(name, scores) for name, scores in self.scores.smoothed.items()}
         units = self._units.settle(model, optimizer, self.plan.structures)
         self._units = units.apply(model, self.masks, optimizer, step)
-        self._note_tensors(model)
         self.scores.smoothed = {name: self.shape.narrow(name, scores) for name, scores in whole.items()}
         if self.shape.has_removed and step.is_last and self.unproven:
             self._warn_once("end", f"The removal of units is not proven for {', '.join(sorted(self.unproven))}.")

@@ -32,6 +32,7 @@ class UndecidedUnits(ZeroedUnits):
     """
 
     removes = True
+    is_settled = False
 
     def __init__(self, shape: ModelShape, shards: Shards, *, is_required: bool) -> None:
         """See the class."""

@@ -29,7 +29,7 @@ class ZeroedUnits:
     """
 
     removes = False
-    """Whether units will leave the model."""
+    is_settled = True
 
     def __init__(self, shape: ModelShape, shards: Shards) -> None:
         """See the class."""
@@ -60,6 +60,8 @@ class ZeroedUnits:
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: Any = None) -> None:
         """Write what moves again; see `DroppedUnits`."""
+        if self._is_seen and not self._restless:
+            return
         zeros = [z for found in self._zeros.values() for z in found]
         if not self._is_seen:
             unseen = [z for z in zeros if z[:2] not in self._restless]

@@ -199,7 +199,7 @@ def test_only_what_came_back_is_written_after_every_step():
     model = build("bert")
     structures = find_structures(model).structures
     masks = {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
-    units = ZeroedUnits(ModelShape(find_structures(model)), find_shards(model))
+    units = ZeroedUnits(ModelShape(model), find_shards(model))
     units.apply(model, masks, None, Step())
     assert units.restore(model) == [] and units._restless == set()
     name = "bert.encoder.layer.0.output.dense"

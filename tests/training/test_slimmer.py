@@ -178,3 +178,30 @@ def check_zeros(model, slimming):
     for structure in slimming.plan.structures:
         for (name, dim), where in structure.positions(~slimming.masks[structure.name]).items():
             assert not model.get_parameter(name).index_select(dim, where).any()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_nothing_is_computed_at_steps_after_the_schedule(live):
+    model = build("bert", spread=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    slimming = make_slimming(model, live=live, slim_start=2, slim_end=2, slim_schedule="oneshot")
+    for step in range(1, 5):  # the step after the last pruning step shows which zeros stay by themselves
+        slimming.watch(model, step)
+        take_step(model, optimizer, slimming, step)
+    assert slimming.has_reached_target and slimming.is_live is live
+    with Operations() as operations:
+        slimming.watch(model, 5)
+        slimming.advance(model, optimizer, 5, skipped=True)
+    assert operations.count == 0

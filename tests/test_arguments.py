@@ -21,6 +21,16 @@ NAMES = [
     "slim_min_heads",
     "slim_exclude",
     "slim_live",
+    "slim_target_params",
+    "slim_target_flops",
+    "slim_target_latency",
+    "slim_teacher",
+    "slim_distill_weight",
+    "slim_temperature",
+    "slim_hidden_weight",
+    "slim_distill_from",
+    "slim_teacher_dtype",
+    "slim_cache_teacher",
 ]
 
 
@@ -44,12 +54,16 @@ def test_flags_parse():
     (args,) = parser.parse_args_into_dataclasses(
         "--output_dir out --ffn2_sparsity 0.8 --mha_sparsity 0.6 --slim_start 100 --slim_end 0.7 --slim_frequency 50 "
         "--slim_schedule exp --slim_criterion snip_momentum --slim_scope local --slim_round_to 16 --slim_min_heads 2 "
-        "--slim_exclude encoder.layer.0 .*attention --slim_live False".split()
+        "--slim_exclude encoder.layer.0 .*attention --slim_live False "
+        "--slim_target_params 50% --slim_target_flops 0.5 --slim_target_latency 4ms "
+        "--slim_teacher self --slim_distill_weight 0.7 --slim_temperature 1 --slim_hidden_weight 2 "
+        "--slim_distill_from last_hidden --slim_teacher_dtype bfloat16 --slim_cache_teacher True".split()
     )
     assert [getattr(args, name) for name in NAMES] == [
         *(0.8, 0.6, 100, 0.7, 50, "exp", "snip_momentum", "local", 16, 2),
         ["encoder.layer.0", ".*attention"],
         False,
+        *("50%", "0.5", "4ms", "self", 0.7, 1.0, 2.0, "last_hidden", "bfloat16", True),
     ]
     assert isinstance(args.slim_start, int)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps
@@ -22,7 +23,7 @@ from ..structures import (
 )
 from .auto_slim_entries import find_entry_structures, read_entry
 from .schedule import Schedule
-from .unit_selection import check_reachable
+from .unit_selection import check_reachable, select_units
 
 Settings = SlimConfig | Sequence[dict[str, Any]]
 """A `SlimConfig`, or the list that `parse_auto_slim_config` returned."""
@@ -49,6 +50,27 @@ class Target:
     scope: ScopeName
     round_to: int
     min_heads: int
+
+    def select(self, scores: Mapping[str, torch.Tensor], masks: Masks, step: int) -> dict[str, torch.Tensor]:
+        """Choose the units to keep at a pruning step.
+
+        Args:
+            scores: For each structure's name one number per unit, shape `[units]`; the lowest go first.
+            masks: The masks so far, True = keep; what they drop stays dropped.
+            step: The optimizer step, counted from 1.
+
+        Returns:
+            The new masks of the structures, on the CPU.
+        """
+        return select_units(
+            self.structures,
+            scores,
+            masks,
+            self.schedule.sparsity_at(step),
+            scope=self.scope,
+            round_to=self.round_to,
+            min_heads=self.min_heads,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,11 +146,25 @@ def make_plan(
     else:
         asked, round_to = _read_entries(settings, found), SlimConfig().slim_round_to
     targets = tuple(_make_target(*wish, max_steps, begin) for wish in asked)
-    for target in targets:
-        _require_gradients(model, target)
     if steps is not None:
         targets = _place_steps(targets, steps, max_steps)
     return Plan(targets, find_live_choice(settings), round_to, to_state(settings))
+
+
+def require_gradients(model: nn.Module, plan: Plan) -> None:
+    """Refuse to score what has no gradients.
+
+    Args:
+        model: The model to be trained.
+        plan: What is to be removed.
+
+    Raises:
+        ValueError: If a weight that a score needs the gradient of is frozen.
+    """
+    for target in plan.targets:
+        if target.criterion != "magnitude":
+            for structure in target.structures:
+                _require_gradients(model, structure, target.criterion)
 
 
 def find_live_choice(settings: Settings) -> LiveChoice:
@@ -223,15 +259,11 @@ def _place_steps(targets: Sequence[Target], steps: Sequence[Sequence[int]], max_
     )
 
 
-def _require_gradients(model: nn.Module, target: Target) -> None:
-    if target.criterion == "magnitude":
-        return
-    for structure in target.structures:
-        for member in structure.outputs:
-            if not get_tensor(model, member.tensor).requires_grad:
-                later = " Or slim first, and add the adapters to the slim model." if has_adapters(model) else ""
-                raise ValueError(
-                    f"{member.tensor} is frozen, so slim_criterion={target.criterion!r} cannot score "
-                    f"{structure.name}: train it, exclude it with slim_exclude, or use "
-                    f"slim_criterion='magnitude'.{later}"
-                )
+def _require_gradients(model: nn.Module, structure: Structure, criterion: CriterionName) -> None:
+    for member in structure.outputs:
+        if not get_tensor(model, member.tensor).requires_grad:
+            later = " Or slim first, and add the adapters to the slim model." if has_adapters(model) else ""
+            raise ValueError(
+                f"{member.tensor} is frozen, so slim_criterion={criterion!r} cannot score {structure.name}: train "
+                f"it, exclude it with slim_exclude, or use slim_criterion='magnitude'.{later}"
+            )

@@ -17,12 +17,11 @@ from .captured_batch import Call, Capture
 from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
 from .model_shape import ModelShape, find_shape
-from .plan import Settings, Target, find_live_choice, make_plan
+from .plan import Settings, Target, find_live_choice, make_plan, require_gradients
 from .removed_units import RemovedUnits
 from .saved_state import check_fit, read_masks, refuse_other_settings
 from .smoothed_scores import Scores, agree_on, refuse_nonfinite
 from .undecided_units import choose_units
-from .unit_selection import select_units
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +83,7 @@ class Slimmer:
             self.shape.is_recorded = False
             found = self.shape.found
             self.plan = make_plan(model, settings, max_steps, found=found, begin=begin, steps=steps)
+            require_gradients(model, self.plan)
         keeps_zeros = was_masked or (saved is not None and bool(saved.get("zeros")))
         self._units: DroppedUnits = choose_units(
             self.plan, self.shape, self._shards, model, optimizer, obstacle=obstacle, keeps_zeros=keeps_zeros
@@ -275,16 +275,7 @@ class Slimmer:
         self.scores.refuse_bad_step()
         agreed = agree_on({s.name: scores[s.name] for s in target.structures})
         whole = {name: self.shape.expand(name, values) for name, values in agreed.items()}
-        chosen = select_units(
-            target.structures,
-            whole,
-            self.masks,
-            target.schedule.sparsity_at(step),
-            scope=target.scope,
-            round_to=target.round_to,
-            min_heads=target.min_heads,
-        )
-        self.masks.update(chosen)
+        self.masks.update(target.select(whole, self.masks, step))
         return True
 
     def _apply(self, model: nn.Module, optimizer: Any, calls: Sequence[Call]) -> None:

@@ -71,7 +71,8 @@ def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle:
         )
     masks = read_masks(state["dropped"], shape.masks) if state["live"] else {}
     masks = {name: masks.get(name, torch.ones_like(mask)) for name, mask in shape.masks.items()}
-    if shape.is_unnamed:
+    has_sizes = all(mask.sum() == shape.masks[name].sum() for name, mask in masks.items())
+    if has_sizes or shape.is_unnamed:  # the weights may be those of the checkpoint already
         shape.name_units(model, masks)
     else:
         shape.take(model, masks)

@@ -105,7 +105,7 @@ class Slimmer(LoopDoor):
         if saved is None or "step" not in saved:
             found_used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
             used = {name: self.shape.expand(name, mask) for name, mask in found_used.items()}
-        self.masks = {s.name: used[s.name] for s in self.plan.structures}
+        self.masks = {s.name: used[s.name].clone() for s in self.plan.structures}
         self.scores = Scores(self._shards)
         self._capture = Capture()
         self._warned: set[str] = set()
@@ -120,6 +120,13 @@ class Slimmer(LoopDoor):
         if obstacle is not None and self._units.removes:
             self._units = choose_units(
                 self.plan, self.shape, self._shards, model, optimizer, obstacle=obstacle, keeps_zeros=False
+            )
+        used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
+        lost = [name for name, mask in self.masks_left.items() if (mask & ~used[name]).any()]
+        if lost:
+            raise RuntimeError(
+                f"Units of {', '.join(lost)} are zero that were not when Slimmer was made, or that its state keeps: "
+                "load weights before Slimmer is made; those of a checkpoint with the state of the same step."
             )
         self._units = self._units.apply(model, self.masks, optimizer, Step())
 

@@ -143,10 +143,10 @@ class LoopDoor(Attachable):
 
     def _find_models(self) -> tuple[nn.Module, nn.Module]:
         """The model as it is called, and the one in whatever is wrapped around it."""
-        model = self._model()
+        called, model = self._called(), self._model()
         if model is None:
             raise RuntimeError("The model of this Slimmer is gone: keep the model, or make both anew.")
-        return self._called() or model, model
+        return model if called is None else called, model
 
 
 def _read_settings(settings: Any) -> Settings:

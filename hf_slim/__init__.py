@@ -15,7 +15,7 @@ from .structures import (
     find_structures,
     register_layout,
 )
-from .training import SlimTrainerCallback, parse_auto_slim_config
+from .training import Slimmer, SlimTrainerCallback, parse_auto_slim_config
 
 __all__ = [
     "Discovery",
@@ -30,6 +30,7 @@ __all__ = [
     "SlimSeq2SeqTrainingArguments",
     "SlimTrainerCallback",
     "SlimTrainingArguments",
+    "Slimmer",
     "Structure",
     "find_structures",
     "model_slim",

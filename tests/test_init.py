@@ -15,7 +15,7 @@ ROOMS = {
         *("Discovery", "FfnLayout", "Fused", "Member", "MhaLayout", "Skipped", "Structure"),
         *("find_structures", "register_layout"),
     ],
-    "training": ["SlimTrainerCallback", "parse_auto_slim_config"],
+    "training": ["SlimTrainerCallback", "Slimmer", "parse_auto_slim_config"],
 }
 
 

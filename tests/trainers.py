@@ -17,6 +17,7 @@ from transformers import (
 from hf_slim import (
     SlimArgumentsMixin,
     SlimConfig,
+    Slimmer,
     SlimTrainerCallback,
     SlimTrainingArguments,
     find_structures,
@@ -230,3 +231,19 @@ def make_encoder_trainer(model, folder, **settings):
         loss=CosineSimilarityLoss(model),
         callbacks=[SlimTrainerCallback()],
     )
+
+
+def make_loop(settings=None, *, make=None, seed=0, steps=12, family="bert", **changes):
+    """A tiny model with a `Slimmer` attached to its optimizer, by default AdamW."""
+    model = dropout_free(family, seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3) if make is None else make(model.parameters())
+    settings = SlimConfig(**{**HALF, **changes}) if settings is None else settings
+    return model, optimizer, Slimmer(model, settings, steps).attach(optimizer)
+
+
+def take_steps(model, optimizer, steps):
+    """Steps of a plain loop, each on a batch of its own."""
+    for step in steps:
+        model(**make_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

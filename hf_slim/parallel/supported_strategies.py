@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed import is_available
+from torch.distributed import is_available, is_initialized
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -36,27 +36,42 @@ def refuse_strategy(model: nn.Module, args: TrainingArguments | None = None) -> 
         raise ValueError(f"Slimming does not work with {found}: {_SUPPORTED}.")
 
 
-def find_fixed_shapes(model: nn.Module, args: TrainingArguments) -> str | None:
+def find_fixed_shapes(model: nn.Module, args: TrainingArguments | None = None) -> str | None:
     """Say why the shapes of parameters cannot change in the middle of a training.
 
     Args:
         model: The model, after it has been prepared for training.
-        args: The arguments of the training.
+        args: The arguments of the training; None in a loop of somebody's own, where the model and the process tell.
 
     Returns:
         The reason, None if they can change.
     """
-    if args.parallel_mode != ParallelMode.NOT_PARALLEL or args.world_size > 1:
+    devices = _find_devices(model) if args is None else _ask_for_devices(args)
+    if devices is not None:
         return (
-            f"the training runs on several devices ({args.parallel_mode.value}), where buffers for the gradients or "
+            f"the training runs on several devices ({devices}), where buffers for the gradients or "
             "copies of the model have the shapes of its beginning"
         )
     if is_spread(model):
         return "the parameters are sharded, and the parts have the shapes of the beginning"
-    if args.deepspeed is not None:
+    if args is not None and args.deepspeed is not None:
         return "DeepSpeed keeps the parameters in buffers of its own, which have the shapes of the beginning"
     if has_adapters(model):
         return f"{type(model).__name__} has adapters, which are merged before anything can be removed"
+    return None
+
+
+def _ask_for_devices(args: TrainingArguments) -> str | None:
+    is_one = args.parallel_mode == ParallelMode.NOT_PARALLEL and args.world_size <= 1
+    return None if is_one else args.parallel_mode.value
+
+
+def _find_devices(model: nn.Module) -> str | None:
+    """What spreads a training of somebody's own, seen from what is called or from the processes that talk together."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return type(model).__name__
+    if is_available() and is_initialized():
+        return "a process group of torch.distributed"
     return None
 
 

@@ -50,7 +50,7 @@ from ..structures import (
     has_adapters,
     require_structures,
 )
-from ..training import ModelShape, SlimTrainerCallback, find_shape
+from ..training import ModelShape, SlimTrainerCallback, find_shape, find_slimmer
 from .atomic_folder import check_folder, replacing
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .model_card import write_model_card
@@ -167,14 +167,17 @@ class _Known(NamedTuple):
 
 
 def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) -> _Known:
-    """What is known of a model's training; the zeros of its trainer's model are looked at again."""
+    """What is known of a model's training, by a Trainer or another loop; its zeros are looked at again."""
     callbacks = trainer.callback_handler.callbacks if trainer is not None else []
     callback = next((c for c in callbacks if isinstance(c, SlimTrainerCallback)), None)
-    slimmer = callback.slimming if callback is not None else None
+    slimmer = callback.slimming if callback is not None else find_slimmer(model)
     masks: Masks = {}
     if trainer is not None and callback is not None:
         callback.restore_zeros(trainer.model)
         masks = callback.find_masks(trainer.model)
+    elif slimmer is not None:
+        slimmer.restore_zeros(model)
+        masks = slimmer.find_masks(model)
     if slimmer is not None and not slimmer.has_reached_target:
         logger.warning(
             f"save_slimmed: training ended before the last pruning step, {slimmer.plan.last_step}. The sparsities "

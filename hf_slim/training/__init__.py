@@ -10,6 +10,6 @@ from .damaged_weight_files import find_damaged_weights
 from .importance import score_structures
 from .model_shape import ModelShape, find_shape
 from .schedule import Schedule
-from .slimmer import Slimmer
+from .slimmer import Slimmer, find_slimmer
 from .trainer_session import attending
 from .unit_selection import check_reachable, select_units

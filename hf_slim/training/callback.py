@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..arguments import SlimConfig, refuse_two_settings
 from ..parallel import find_fixed_shapes, refuse_strategy
+from .attached_optimizer import refuse_attached
 from .plan import from_state, to_state
 from .saved_state import check_saved
 from .slimmer import Slimmer
@@ -92,6 +93,7 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
             self.slimming.close()
         self.slimming = None
         self._trained = weakref.ref(model)
+        refuse_attached(model)
         refuse_two_settings(args, self.config)  # again, since a hyperparameter search changes the arguments
         refuse_strategy(model, args)
         self.processes = args.world_size

@@ -39,6 +39,10 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, Call] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy or pickle of a model that is watched nothing is kept."""
+        return Capture, ()
+
     def begin(self, model: nn.Module, called: nn.Module | None = None) -> None:
         """Watch the model from here on.
 
@@ -65,6 +69,8 @@ class Capture:
         return calls
 
     def _keep(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._handles:
+            return
         is_inside = any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in self._calls)
         if not is_inside:
             self._calls[path] = Call(path, *tree_map(_copy, (args, kwargs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from ..compaction import compact_model, find_pretrained, own_configs, refresh_record
 from ..modeling_hf_slim import set_sizes
-from ..parallel import change_tensor, whole_shape
+from ..parallel import change_tensor, read_tensor, whole_shape
 from ..structures import Masks, Structure, find_structures, get_module, get_tensor, set_count
+from .loaded_weights import count_units
 
 _KEPT_AS = "_hf_slim_shape"
 """Attribute of a model with what it has lost while it trained, or for a checkpoint of such a training."""
@@ -33,6 +34,7 @@ class ModelShape:
         found: What discovery found in it.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = still there.
         is_recorded: Whether the model's configs are its own and record the shape, in the training that goes on.
+        is_unnamed: Whether its sizes are those of weights that were loaded, and it is not known yet which units left.
         proven: The output weights that took part in a proof that the model computes the same without the units.
     """
 
@@ -41,6 +43,7 @@ class ModelShape:
         self.found = found = find_structures(model)
         self.masks = {s.name: torch.ones(s.units, dtype=torch.bool) for s in found.structures}
         self.is_recorded = False
+        self.is_unnamed = False
         self.proven: set[str] = set()
         self._current = {s.name: s for s in found.structures}
         self._note_tensors(model)
@@ -59,8 +62,7 @@ class ModelShape:
         Returns:
             Whether what is known of its units holds.
         """
-        parameters = model.named_parameters(remove_duplicate=False)
-        found = {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+        found = dict(_find_tensors(model))
         return all(
             name in found
             and whole_shape(found[name]) == size
@@ -141,6 +143,71 @@ class ModelShape:
         if shrinking:
             self.follow(model, compact_model(model, shrinking, self.narrow_masks(masks)), masks)
 
+    def take_sizes(self, model: nn.Module, weights: Mapping[str, Any], prefix: str) -> None:
+        """Give the model the sizes of weights that are loaded next; `name_units` has to follow.
+
+        Args:
+            model: The model; changed in place.
+            weights: The weights.
+            prefix: What stands before the model's names in theirs.
+
+        Raises:
+            RuntimeError: If a tensor would change that is not among the weights.
+        """
+        counts = count_units(model, self.found.structures, self.sizes_before(model), weights, prefix)
+        masks = {}
+        for name, mask in self.masks.items():
+            count = counts[name]
+            masks[name] = mask
+            if count is not None and count != int(mask.sum()):
+                masks[name] = torch.arange(len(mask)) < count
+        changed = [name for name, mask in masks.items() if not mask.equal(self.masks[name])]
+        if not changed:
+            return
+        given = {id(tensor) for name, tensor in _find_tensors(model) if prefix + name in weights}
+        for member in (m for name in changed for m in self._current[name].members):
+            if id(get_tensor(model, member.tensor)) not in given:
+                raise RuntimeError(
+                    f"The weights are of a model from which other units have left, and {member.tensor} is not among "
+                    "them: call load_state_dict of the Slimmer before that of the model."
+                )
+        self.take(model, masks)
+        self.is_unnamed = True
+
+    def refuse_unnamed(self) -> None:
+        """Refuse to go on with weights of other sizes as long as nobody has said which units have left.
+
+        Raises:
+            RuntimeError: If that is so.
+        """
+        if self.is_unnamed:
+            raise RuntimeError(
+                "The weights that were loaded are of a model from which other units have left: load the Slimmer's "
+                "state of the same checkpoint, too (load_state_dict, or register it with "
+                "Accelerator.register_for_checkpointing)."
+            )
+
+    def name_units(self, model: nn.Module, masks: Masks) -> None:
+        """Say which units have left a model that has the weights of a checkpoint already, in their sizes.
+
+        Args:
+            model: The model; changed in place, but for the weights.
+            masks: For each structure's name a boolean tensor of shape `[units]`, True = keep.
+
+        Raises:
+            ValueError: If the weights have other sizes.
+        """
+        weights = {name: read_tensor(model, name).detach().clone() for name in self.sizes_before(model)}
+        self.is_unnamed = False
+        self.take(model, {name: torch.ones_like(mask) for name, mask in masks.items()})
+        self.take(model, masks)
+        if {name: whole_shape(get_tensor(model, name)) for name in self.sizes_before(model)} != {
+            name: weight.shape for name, weight in weights.items()
+        }:
+            raise ValueError("The weights that were loaded and the Slimmer's state are not of the same checkpoint.")
+        for name, weight in weights.items():
+            get_tensor(model, name).detach().copy_(weight)
+
     def sizes_before(self, model: nn.Module) -> dict[str, torch.Size]:
         """The sizes that tensors had before anything was removed.
 
@@ -206,3 +273,8 @@ def find_shape(model: nn.Module) -> ModelShape | None:
     """
     shape = vars(model).get(_KEPT_AS)
     return shape if isinstance(shape, ModelShape) and shape.fits(model) else None
+
+
+def _find_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

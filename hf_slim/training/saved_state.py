@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..structures import Masks
+from .model_shape import ModelShape
 from .plan import Plan, Settings, to_state
 
 _MOST = torch.finfo(torch.float32).max
@@ -45,6 +47,35 @@ def check_saved(saved: Any) -> None:
         raise damaged("its scores are not numbers")
     if not isinstance(saved.get("zeros", {}), dict) or not isinstance(saved.get("unproven", []), list):
         raise damaged("its zeros or unproven structures are not as they were written")
+
+
+def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle: str | None) -> None:
+    """Give a model the shape that it had in a checkpoint of a loop.
+
+    Args:
+        model: The model; changed in place where units had left it in the checkpoint, or have left it since.
+        state: What `Slimmer.state_dict` gave.
+        shape: Which units the model has.
+        obstacle: Why shapes cannot change in this training, if they cannot.
+
+    Raises:
+        ValueError: If the state is damaged or of another model, or shapes cannot change.
+    """
+    check_saved(state)
+    if type(state.get("step")) is not int:
+        raise damaged("it has no step, as it is not of Slimmer.state_dict")
+    if state["live"] and obstacle is not None:
+        raise ValueError(
+            f"The state is that of a training with live compaction, but {obstacle}. Resume on one device, or start "
+            "another training from the model of the checkpoint, saved by save_pretrained."
+        )
+    masks = read_masks(state["dropped"], shape.masks) if state["live"] else {}
+    masks = {name: masks.get(name, torch.ones_like(mask)) for name, mask in shape.masks.items()}
+    has_sizes = all(mask.sum() == shape.masks[name].sum() for name, mask in masks.items())
+    if has_sizes or shape.is_unnamed:  # the weights may be those of the checkpoint already
+        shape.name_units(model, masks)
+    else:
+        shape.take(model, masks)
 
 
 def damaged(what: str) -> ValueError:

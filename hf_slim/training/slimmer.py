@@ -13,9 +13,11 @@ from ..arguments import CriterionName
 from ..compaction import find_zero_units, has_state
 from ..parallel import find_shards, whole_shapes
 from ..structures import Structure
+from .attached_optimizer import find_attached
 from .captured_batch import Call, Capture
 from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
+from .loop_door import LoopDoor
 from .model_shape import ModelShape, find_shape
 from .plan import Settings, Target, find_live_choice, make_plan, require_gradients
 from .removed_units import RemovedUnits
@@ -31,11 +33,14 @@ _COME_BACK = (
 )
 
 
-class Slimmer:
+class Slimmer(LoopDoor):
     """The masks of a training, the scores behind them, and how far the schedule has come.
 
+    In a loop of your own, `attach` it to the optimizer; `SlimTrainerCallback` does the same for the Trainer. The other
+    arguments are for the Trainer.
+
     Args:
-        model: The model to be trained. Units that are zero already count as dropped.
+        model: The model to be trained, as it is called. Units that are zero already count as dropped.
         settings: A `SlimConfig`, or the list that `parse_auto_slim_config` returned.
         max_steps: Optimizer steps of the whole training.
         begin: Optimizer steps done before slimming begins; fractions in the settings are of those that remain.
@@ -50,6 +55,7 @@ class Slimmer:
         scores: The importance scores.
         masks: For each structure's name a boolean tensor of shape `[units]`, True = keep; the units are those that the
             model had before anything was dropped.
+        step: Optimizer steps done, where it is attached to the optimizer.
 
     Raises:
         ValueError: If the settings cannot be carried out on this model in this run, differ from those of the
@@ -69,9 +75,16 @@ class Slimmer:
         find_others: Callable[[], Iterable[Any]] = list,
     ) -> None:
         """See the class."""
+        super().__init__(model, settings, max_steps)
         self._find_others = find_others
+        self.begin(self._find_models()[1], begin, saved, optimizer, obstacle)
+
+    def begin(
+        self, model: nn.Module, begin: int, saved: Mapping[str, Any] | None, optimizer: Any, obstacle: str | None
+    ) -> None:
+        """Begin, or go on from what was saved; the arguments are those of the class."""
         self._shards = find_shards(model, optimizer)
-        steps = None
+        settings, steps = self._settings, None
         if saved is not None:
             refuse_other_settings(saved, settings)
             steps = saved["steps"]
@@ -82,14 +95,17 @@ class Slimmer:
             self.shape = shape or ModelShape(model)
             self.shape.is_recorded = False
             found = self.shape.found
-            self.plan = make_plan(model, settings, max_steps, found=found, begin=begin, steps=steps)
+            self.plan = make_plan(model, settings, self.max_steps, found=found, begin=begin, steps=steps)
             require_gradients(model, self.plan)
         keeps_zeros = was_masked or (saved is not None and bool(saved.get("zeros")))
         self._units: DroppedUnits = choose_units(
             self.plan, self.shape, self._shards, model, optimizer, obstacle=obstacle, keeps_zeros=keeps_zeros
         )
-        used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
-        self.masks = {name: self.shape.expand(name, mask) for name, mask in used.items()}
+        used = self.shape.masks  # weights are loaded before or after the state of a loop
+        if saved is None or "step" not in saved:
+            found_used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
+            used = {name: self.shape.expand(name, mask) for name, mask in found_used.items()}
+        self.masks = {s.name: used[s.name].clone() for s in self.plan.structures}
         self.scores = Scores(self._shards)
         self._capture = Capture()
         self._warned: set[str] = set()
@@ -98,6 +114,21 @@ class Slimmer:
             self._take_up(saved)
         self._units.apply(model, self.masks, optimizer, Step())
         self._undo = self._shards.call_before_step(lambda: self._score(model))
+
+    def settle(self, model: nn.Module, optimizer: Any, obstacle: str | None) -> None:
+        """Take note of the optimizer in a loop, and of shapes that cannot change after all; see `choose_units`."""
+        if obstacle is not None and self._units.removes:
+            self._units = choose_units(
+                self.plan, self.shape, self._shards, model, optimizer, obstacle=obstacle, keeps_zeros=False
+            )
+        used = find_zero_units(model, self._current(self.plan.structures), self._shards, whole=True)
+        lost = [name for name, mask in self.masks_left.items() if (mask & ~used[name]).any()]
+        if lost:
+            raise RuntimeError(
+                f"Units of {', '.join(lost)} are zero that were not when Slimmer was made, or that its state keeps: "
+                "load weights before Slimmer is made; those of a checkpoint with the state of the same step."
+            )
+        self._units = self._units.apply(model, self.masks, optimizer, Step())
 
     def close(self) -> None:
         """Leave the optimizer and the model's hooks as they were."""
@@ -110,14 +141,14 @@ class Slimmer:
         return isinstance(self._units, RemovedUnits) or self.shape.has_removed
 
     @property
+    def may_remove(self) -> bool:
+        """Whether units leave the model in this training, as far as is known, or have left it."""
+        return self._units.removes or self.is_live
+
+    @property
     def unproven(self) -> set[str]:
         """The names of the structures that have lost units, but never in a step in which a batch proved it."""
         return self.shape.unproven
-
-    @property
-    def masks_left(self) -> dict[str, torch.Tensor]:
-        """The masks of the units that are in the model, for each structure's name."""
-        return self.shape.narrow_masks(self.masks)
 
     @property
     def has_reached_target(self) -> bool:
@@ -125,7 +156,7 @@ class Slimmer:
         targets = zip(self.plan.targets, self._events, strict=True)
         return all(events == len(target.schedule.steps) for target, events in targets)
 
-    def score(self, model: nn.Module, step: int, *, may_be_skipped: bool) -> None:
+    def score(self, model: nn.Module, step: int, *, may_be_skipped: bool, scale: torch.Tensor | None = None) -> None:
         """Score the units from the gradients of a step that is about to be taken.
 
         Scores that are not finite are refused at once on the CPU. Elsewhere that would make the device wait at every
@@ -135,6 +166,7 @@ class Slimmer:
             model: The model, with gradients.
             step: The optimizer step, counted from 1.
             may_be_skipped: Whether the optimizer may skip the step, so that infinite gradients are no error yet.
+            scale: The loss scale, if it is still in the gradients.
 
         Raises:
             RuntimeError: If no gradient is there, or one is NaN or infinite.
@@ -142,6 +174,8 @@ class Slimmer:
         if self._shards.scores_before_step:
             return  # the step has been taken already, and the units scored right before it
         self._score(model, step)
+        if scale is not None:
+            self.scores.unscale(scale)
         if not may_be_skipped:
             self.scores.check(step)
 
@@ -207,7 +241,7 @@ class Slimmer:
         Returns:
             The names of the structures of which units had come back.
         """
-        if not self.shape.fits(model):
+        if self.shape.is_unnamed or not self.shape.fits(model):
             return []  # it has been made smaller since, or changed otherwise
         if names := self._units.restore(model, optimizer):
             self._warn_once("back", _COME_BACK.format(", ".join(names)))
@@ -298,3 +332,16 @@ class Slimmer:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message)
+
+
+def find_slimmer(model: nn.Module) -> Slimmer | None:
+    """Find the slimmer that is or was attached to the optimizer of a model.
+
+    Args:
+        model: Any model; a copy of one that was trained has none.
+
+    Returns:
+        The last one, None if there was none.
+    """
+    found = find_attached(model)
+    return found if isinstance(found, Slimmer) else None

@@ -53,6 +53,14 @@ class Scores:
                 _require_gradients(model, structures, step)
             self._pending.update(score_structures(model, structures, criterion, self._shards))
 
+    def unscale(self, scale: torch.Tensor) -> None:
+        """Divide the scores of this step by the loss scale that is still in its gradients.
+
+        Args:
+            scale: One number, on any device.
+        """
+        self._pending = {name: scores / scale.to(scores.device) for name, scores in self._pending.items()}
+
     def check(self, step: int) -> None:
         """Refuse scores of this step that are not finite; only on the CPU, since a device would have to be waited for.
 

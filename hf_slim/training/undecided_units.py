@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -111,4 +112,14 @@ def _find_state_obstacle(
     """Why an optimizer's state cannot be sliced like the parameters."""
     members = (member for s in structures for member in shape.find_current(s.name).members)
     places = dict.fromkeys((member.tensor, member.dim) for member in members)
-    return next(iter(find_state_slices(optimizer, model, places)[1].values()), None)
+    return next(iter(find_state_slices(optimizer, model, places)[1].values()), None) or _find_flat_state(optimizer)
+
+
+def _find_flat_state(optimizer: Any) -> str | None:
+    """What an optimizer keeps for all parameters together, as L-BFGS does under the first one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for parameter, state in inner.state.items() if inner is not None else ():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() > parameter.numel():
+                return f"{type(inner).__name__} keeps the state {key!r} for several parameters together"
+    return None

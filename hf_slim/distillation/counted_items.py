@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .watched_calls import Call
 
@@ -95,8 +96,9 @@ def weigh(values: torch.Tensor, rows: torch.Tensor | None, total: torch.Tensor |
 
 def shifts_labels(module: nn.Module) -> bool:
     """Whether the loss of a model compares the label of each position with what the position before it says."""
-    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
-    if not models:
+    model: Any = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
+    if model is None or getattr(model.config, "is_encoder_decoder", False):
         return False
-    loss = LOSS_MAPPING.get(getattr(models[0], "loss_type", None) or "")
-    return loss is ForCausalLMLoss and not getattr(models[0].config, "is_encoder_decoder", False)
+    if model.loss_type in LOSS_MAPPING:
+        return LOSS_MAPPING[model.loss_type] is ForCausalLMLoss
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

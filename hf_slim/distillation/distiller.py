@@ -81,7 +81,9 @@ class Distiller:
         weight = self._settings.slim_distill_weight
         return (1 - weight) * task + weight * distance
 
-    def measure(self, calls: list[Call], labels: Any = None, total: torch.Tensor | float | None = None) -> torch.Tensor:
+    def measure(
+        self, calls: list[Call], labels: Any = None, total: torch.Tensor | float | None = None
+    ) -> torch.Tensor:
         """How far the model was from the teacher.
 
         Args:

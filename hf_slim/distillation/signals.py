@@ -73,9 +73,11 @@ def find_arguments(call: Call) -> dict[str, Any]:
     """
     module: Any = getattr(call.module, "_orig_mod", call.module)
     parameters = inspect.signature(type(module).forward).parameters
-    own = vars(module).get("forward")
-    added = set(inspect.signature(own, follow_wrapped=False).parameters) - parameters.keys() if own else set()
-    dropped = {*_LOSS_ARGUMENTS, *added}
+    dropped = {*_LOSS_ARGUMENTS}
+    method = vars(module).get("forward")
+    while method is not None:  # several may be put upon each other
+        dropped |= set(inspect.signature(method, follow_wrapped=False).parameters) - parameters.keys()
+        method = getattr(method, "__wrapped__", None)
     decodes = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     is_needed = "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty
     if is_needed or (decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & call.kwargs.keys()):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,31 +58,26 @@ def watch_calls(model: nn.Module, called: nn.Module | None = None, *, hidden: bo
     Yields:
         The calls, which come as they are made.
     """
-    is_compiled = called is not None and is_compiled_module(called)
-    entries: list[tuple[str, Any]] = [("", called)] if is_compiled else list(find_entries(model))
     calls: list[Call] = []
     watch = _Watch(calls, hidden, torch.is_grad_enabled())
-    handles = []
-    for path, module in entries:
-        handles.append(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True))
-        handles.append(module.register_forward_hook(watch.leave))
-    try:
+    with ExitStack() as stack:
+        if called is not None and is_compiled_module(called):
+            stack.enter_context(_watch_hooked(called, watch))
+        else:
+            for path, module in {id(module): (path, module) for path, module in find_entries(model)}.values():
+                stack.enter_context(_watch_method(path, module, watch))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Watch:
-    """The hooks, and the calls that have begun and not ended."""
+    """The calls that have begun and not ended."""
 
     def __init__(self, calls: list[Call], hidden: bool, with_grad: bool) -> None:
         self._calls, self._hidden, self._with_grad = calls, hidden, with_grad
         self._open: list[Call] = []
 
-    def enter(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin a call, and say with which keyword arguments it is made."""
         is_outer = not any(_is_transformer(call.module) for call in self._open)
         # Modules of sentence-transformers write into the dictionary that they are given.
         kept = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
@@ -94,12 +89,54 @@ class _Watch:
             self._calls.append(call)
         self._open.append(call)
         if not (self._hidden and is_outer and is_kept and _is_transformer(module)):
-            return None
+            return kwargs
         _require_hidden_states(module)
-        return args, {**kwargs, "output_hidden_states": True}
+        return {**kwargs, "output_hidden_states": True}
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, output: Any) -> None:
+        """End a call."""
         self._open.pop().output = dict(output) if type(output) is dict else output
+
+
+@contextmanager
+def _watch_method(path: str, module: Any, watch: _Watch) -> Iterator[None]:
+    """Watch a module by its method: sentence-transformers and PEFT call `forward` itself, without hooks."""
+    own, original = vars(module).get("forward"), module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **watch.enter(path, module, args, kwargs))
+        watch.leave(output)
+        return output
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
+def _watch_hooked(module: nn.Module, watch: _Watch) -> Iterator[None]:
+    """Watch a compiled module from outside, since what is put into it would be compiled, too."""
+
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, watch.enter("", module, args, kwargs)
+
+    def leave(_: Any, args: Any, output: Any) -> None:
+        watch.leave(output)
+
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _is_transformer(module: nn.Module) -> bool:

@@ -32,8 +32,8 @@ def check_teacher_fields(values: Any) -> None:
         raise ValueError(f"slim_hidden_weight must not be below 0, got {values.slim_hidden_weight}.")
     if values.slim_distill_from == "last_hidden" and not values.slim_hidden_weight:
         raise ValueError(
-            "slim_distill_from='last_hidden' compares the last hidden state alone, and slim_hidden_weight=0.0 gives it "
-            "no weight: set slim_hidden_weight, for example to 1."
+            "slim_distill_from='last_hidden' compares the last hidden state alone, and slim_hidden_weight=0.0 gives it"
+            " no weight: set slim_hidden_weight, for example to 1."
         )
     if not isinstance(values.slim_teacher, (str, type(None))) or values.slim_teacher == "":
         raise ValueError(

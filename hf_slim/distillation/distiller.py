@@ -135,7 +135,7 @@ class Distiller:
             asked = get_module(self.teacher, call.path)
         except (AttributeError, KeyError) as error:
             raise ValueError(
-                f"The loss calls {call.path} of the model, which the teacher, a {type(self.teacher).__name__}, has not."
+                f"The loss calls {call.path} of the model, and the teacher, a {type(self.teacher).__name__}, has none."
             ) from error
         inputs: Inputs = (call.args, find_arguments(call))
         if self.kept is None:
@@ -150,8 +150,8 @@ class Distiller:
                 asked(*(dict(arg) if isinstance(arg, dict) else arg for arg in args), **kwargs)
             except TypeError as error:
                 raise ValueError(
-                    f"The teacher, a {type(asked).__name__}, cannot be called as the {type(self._model).__name__} that "
-                    f"is trained: {error}"
+                    f"The teacher, a {type(asked).__name__}, cannot be called as the {type(self._model).__name__} "
+                    f"that is trained: {error}"
                 ) from error
         return find_signals(calls[0], hidden=self._hidden, last=self._last)
 

@@ -19,7 +19,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Row(NamedTuple):
-    """What is kept of a row: its tensors without trailing padding, and the length of the batch if they depend on it."""
+    """What is kept of a row: tensors without trailing padding, and the length of the batch if they depend on it."""
 
     signals: Signals
     length: int | None
@@ -74,7 +74,8 @@ class KeptOutputs:
     def _warn(self) -> None:
         warnings.warn(
             "slim_cache_teacher: a row was not among those of the first epoch, so the data change from epoch to epoch "
-            "(augmentation, sampling, packing). The teacher computes such rows each time: leave slim_cache_teacher off.",
+            "(augmentation, sampling, packing). The teacher computes such rows each time: leave slim_cache_teacher "
+            "off.",
             stacklevel=2,
         )
 
@@ -96,10 +97,10 @@ class _Batch:
             raise ValueError("slim_cache_teacher: the inputs of the model are not rows: leave slim_cache_teacher off.")
         self.device, self.rows = first.device, len(first)
         mask = named.get("attention_mask")
-        has_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self.length = mask.shape[1] if has_mask else None
-        self.used = [None] * self.rows
-        if has_mask:
+        self.length: int | None = None
+        self.used: list[int | None] = [None] * self.rows
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            self.length = mask.shape[1]
             places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
             self.used = (places * mask.bool()).amax(1).tolist()
 

@@ -24,7 +24,7 @@ class SlimTrainerMixin:
 
     Put it first among the bases: `class MyTrainer(SlimTrainerMixin, SFTTrainer)`. The settings are the slimming fields
     of the arguments, or of the `SlimConfig` that a `SlimTrainerCallback` was given. If the arguments ask for a
-    sparsity and there is no `SlimTrainerCallback`, one is added. The teacher is not saved, and evaluation does without.
+    sparsity and there is no `SlimTrainerCallback`, one is added. The teacher is not saved, nor asked in evaluation.
 
     Args:
         *args: What the other class takes.

@@ -48,10 +48,9 @@ def copy_teacher(model: nn.Module) -> nn.Module:
         if module not in inside:
             others = (value for name, value in vars(module).items() if name not in _OWN)
             memo |= {id(value): value for value in others if not isinstance(value, (nn.Module, torch.Tensor))}
-    copied = copy.deepcopy(model, memo)
+    copied: Any = copy.deepcopy(model, memo)
     for module in copied.modules():
-        for name in ("forward", "_original_forward"):
-            module.__dict__.pop(name, None)
+        module.__dict__.pop("forward", None)
     return copied.requires_grad_(False)
 
 
@@ -68,7 +67,8 @@ def load_teacher(name: str, model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is no such model.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     load = getattr(type(base), "from_pretrained", type(base))
     try:
         with torch.random.fork_rng(devices=[]):

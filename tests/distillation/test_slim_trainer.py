@@ -161,24 +161,16 @@ def dropout_free_with(seed=0, **changes):
     return build("bert", seed=seed, spread=0.1, **NO_DROPOUT["bert"], **changes)
 
 
-class Ragged(torch.utils.data.Dataset):
+def make_ragged(rows=16, seed=5):
     """Rows whose labels count at different numbers of positions."""
-
-    def __init__(self, rows=16, seed=5):
-        generator = torch.Generator().manual_seed(seed)
-        self.rows = []
-        for number in range(rows):
-            ids = torch.randint(3, 99, (12,), generator=generator)
-            used = 3 + number % 9
-            mask = (torch.arange(12) < used).long()
-            labels = torch.where((mask == 1) & (torch.arange(12) >= number % 3), ids, -100)
-            self.rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, number):
-        return self.rows[number]
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(rows):
+        ids = torch.randint(3, 99, (12,), generator=generator)
+        mask = (torch.arange(12) < 3 + number % 9).long()
+        labels = torch.where((mask == 1) & (torch.arange(12) >= number % 3), ids, -100)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
 
 
 @pytest.mark.parametrize("settings", [{}, {"slim_hidden_weight": 1.0}], ids=["logits", "hidden"])
@@ -191,7 +183,7 @@ def test_accumulated_batches_are_one_large_batch(family, settings, tmp_path):
             model,
             tmp_path,
             teacher_model=other(dropout_free(family)),
-            data=Ragged(),
+            data=make_ragged(),
             **{
                 **ONLY,
                 "per_device_train_batch_size": batch,
@@ -213,7 +205,7 @@ def test_accumulated_batches_are_one_large_batch(family, settings, tmp_path):
 
 def test_ignored_labels_do_not_count(tmp_path):
     model, teacher = dropout_free("opt"), other(dropout_free("opt"))
-    data = Ragged(4).rows
+    data = make_ragged(4)
     batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
     with torch.no_grad():
         q, p = ((m(**batch).logits[:, :-1] / 2).log_softmax(-1) for m in (model, teacher))

@@ -69,14 +69,15 @@ def load_teacher(name: str, model: nn.Module) -> nn.Module:
     """
     base: Any = model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    load = getattr(type(base), "from_pretrained", type(base))
+    # FSDP puts a class of its own before that of the model.
+    own: Any = next(cls for cls in type(base).__mro__ if not any(c.__name__ == "FSDPModule" for c in cls.__mro__))
+    load = getattr(own, "from_pretrained", own)
     try:
         with torch.random.fork_rng(devices=[]):
             loaded = load(name)
     except OSError as error:
         raise ValueError(
-            f"slim_teacher={name!r} is no model that {type(base).__name__} loads, neither a folder nor on the Hub: "
-            f"{error}"
+            f"slim_teacher={name!r} is no model that {own.__name__} loads, neither a folder nor on the Hub: {error}"
         ) from error
     return loaded.requires_grad_(False)
 

@@ -80,7 +80,7 @@ def train(
         slim_start=2,
         slim_end=8,
         slim_teacher=str(out / "teacher") if teacher else None,
-        slim_hidden_weight=1.0,
+        slim_hidden_weight=1.0 if teacher else 0.0,
     )
     if rank == 0:
         build(name, spread=0.05, **changes).save_pretrained(dense)

@@ -9,6 +9,11 @@ import torch
 
 from .range_checks import check_number
 
+TEACHER_FIELDS = (
+    *("slim_teacher", "slim_distill_weight", "slim_temperature", "slim_hidden_weight"),
+    *("slim_distill_from", "slim_teacher_dtype", "slim_cache_teacher"),
+)
+
 
 def check_teacher_fields(values: Any) -> None:
     """Refuse values of the fields about a teacher that are out of range.

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..arguments import SlimTrainingArguments
+from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
 from ..distillation import SlimTrainer
 from ..saving import count_bytes, count_parameters, measure_latency, save_slimmed
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
@@ -252,7 +252,8 @@ def _make_model(setup: _Setup, arguments: SlimTrainingArguments) -> PreTrainedMo
 def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel) -> Trainer:
     own = copy.copy(arguments)
     own.ffn2_sparsity = own.mha_sparsity = 0.0
-    own.slim_teacher = None
+    for name in TEACHER_FIELDS:
+        setattr(own, name, getattr(SlimConfig(), name))
     return Trainer(model, **_common(setup, own, part))
 
 

@@ -56,7 +56,7 @@ class Distiller:
             refuse_other_size(teacher, model, "hidden_size", "hidden states of another size than")
         name = settings.slim_teacher_dtype
         self._dtype: torch.dtype | None = None if name is None else getattr(torch, name)
-        self.teacher = teacher.to(self._dtype).eval()
+        self.teacher = (teacher if self._dtype is None else teacher.to(self._dtype)).eval()
         self.kept = KeptOutputs() if settings.slim_cache_teacher else None
         if self.kept is not None and any(part.config.is_encoder_decoder for part in find_pretrained(model)):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from ..arguments import SlimArgumentsMixin, SlimConfig
+from ..arguments import SlimArgumentsMixin, SlimConfig, find_teacher_fields
 from ..training import SlimTrainerCallback
 from .distiller import Distiller
 from .teachers import DENSE, SELF, check_teacher, copy_teacher, load_teacher, make_fingerprint, warn_untrained
@@ -99,7 +99,7 @@ class SlimTrainerMixin:
         distiller = self._distiller
         if distiller is None or not torch.is_grad_enabled() or not own.is_in_train:
             return parent.compute_loss(model, inputs, **keywords)
-        labels = inputs.get("labels")  # which it may take out
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # which it may take out
         with distiller.watch(model) as calls:
             result = parent.compute_loss(model, inputs, **keywords)
         task, *others = result if return_outputs else (result,)
@@ -129,14 +129,19 @@ class SlimTrainerMixin:
         """
         own: Any = self
         stored = state.stateful_callbacks.get(_STATE)
+        settings = find_settings(self.args, own.callback_handler.callbacks)
         if self.teacher_model is None:
+            if asked := find_teacher_fields(settings):
+                raise ValueError(
+                    f"{', '.join(asked)}, but there is no teacher: name one as slim_teacher or pass teacher_model, or "
+                    "leave what is about teachers at its defaults."
+                )
             return
         if self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError(
                 "A teacher does not work with nn.DataParallel, which the Trainer uses when one process sees several "
                 "GPUs: start with torchrun or accelerate launch, or make one GPU visible."
             )
-        settings = find_settings(self.args, own.callback_handler.callbacks)
         autocast = self.accelerator.autocast
         fingerprint = make_fingerprint(self.teacher_model)
         if not hasattr(self.teacher_model, "hf_device_map"):
@@ -230,7 +235,7 @@ def find_settings(arguments: Any, callbacks: Iterable[TrainerCallback]) -> SlimC
         callbacks: Those of the trainer.
 
     Returns:
-        What a `SlimTrainerCallback` was given, else the fields of the arguments, else the defaults.
+        The `SlimConfig` that a `SlimTrainerCallback` was given, else the fields of the arguments, else the defaults.
     """
     for callback in callbacks:
         if isinstance(callback, SlimTrainerCallback) and isinstance(callback.config, SlimConfig):
@@ -239,20 +244,20 @@ def find_settings(arguments: Any, callbacks: Iterable[TrainerCallback]) -> SlimC
 
 
 def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback]) -> None:
-    """Refuse settings that name a teacher where nothing would ask it.
+    """Refuse settings that are about a teacher where nothing would ask one.
 
     Args:
         arguments: Those of a trainer.
         callbacks: Those of the trainer.
 
     Raises:
-        ValueError: If a teacher is named, and the trainer is not made with `SlimTrainerMixin`.
+        ValueError: If a field about teachers is not at its default, and the trainer has no `SlimTrainerMixin`.
     """
     callbacks = list(callbacks)
-    name = find_settings(arguments, callbacks).slim_teacher
-    if name is not None and not any(isinstance(callback, TeacherCallback) for callback in callbacks):
+    asked = find_teacher_fields(find_settings(arguments, callbacks))
+    if asked and not any(isinstance(callback, TeacherCallback) for callback in callbacks):
         raise ValueError(
-            f"slim_teacher={name!r}, but the trainer asks no teacher, so nothing would be learnt from it: train with "
+            f"{', '.join(asked)}, but the trainer asks no teacher, so nothing would be learnt from it: train with "
             "SlimTrainer, or with class My(SlimTrainerMixin, YourTrainer)."
         )
 

@@ -39,6 +39,7 @@ from hf_slim import (
     SlimTrainerCallback,
     SlimTrainerMixin,
     SlimTrainingArguments,
+    parse_auto_slim_config,
     save_slimmed,
 )
 from hf_slim.cli.tokenizer import make_byte_tokenizer
@@ -631,6 +632,24 @@ def test_a_teacher_that_nobody_would_ask_is_refused(in_arguments, tmp_path):
     trainer = SlimTrainer(model, args, train_dataset=data, callbacks=[callback])
     trainer.train()
     assert len(entries(trainer, "distill_loss")) == 12
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, SlimTrainer])
+def test_settings_about_a_teacher_without_one_are_refused(trainer_class, tmp_path):
+    trainer = make(dropout_free(), tmp_path, trainer_class, slim_hidden_weight=2, slim_cache_teacher=True, **ONLY)
+    with pytest.raises(ValueError, match="^slim_hidden_weight=2.0, slim_cache_teacher=True, but .* no teacher"):
+        trainer.train()
+
+
+def test_auto_slim_entries_go_with_a_teacher_in_the_arguments(tmp_path):
+    model = dropout_free()
+    entries_ = parse_auto_slim_config(model, ffn2_sparsity=0.5, start_step=2, end_step=8, pruning_frequency=2)
+    trainer = make(
+        model, tmp_path, callbacks=[SlimTrainerCallback(entries_)], slim_teacher="self", slim_distill_weight=0.25
+    )
+    trainer.train()
+    tasks, distances = entries(trainer, "task_loss"), entries(trainer, "distill_loss")
+    assert entries(trainer)[-1] == pytest.approx(0.75 * tasks[-1] + 0.25 * distances[-1], rel=1e-4)
 
 
 def test_without_a_teacher_it_is_a_plain_trainer(tmp_path):

@@ -2,6 +2,7 @@
 
 from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
 from .compaction import model_slim
+from .distillation import SlimTrainer, SlimTrainerMixin
 from .hooks import install_hooks
 from .saving import SlimReport, save_slimmed
 from .structures import (
@@ -28,7 +29,9 @@ __all__ = [
     "SlimConfig",
     "SlimReport",
     "SlimSeq2SeqTrainingArguments",
+    "SlimTrainer",
     "SlimTrainerCallback",
+    "SlimTrainerMixin",
     "SlimTrainingArguments",
     "Slimmer",
     "Structure",

@@ -14,6 +14,7 @@ from transformers import configuration_utils, modeling_utils, trainer, trainer_c
 
 from .arguments import refuse_unused
 from .compaction import forget_remote_code, refresh_record, refuse_other_sizes
+from .distillation import refuse_untaught, remember_fresh
 from .modeling_hf_slim import RECORD_KEY, resize
 from .saving import portable
 from .training import (
@@ -61,6 +62,7 @@ def _load_model(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if RECORD_KEY in model.config.__dict__ and not _is_stock(model):
         resize(model)  # which finds everything done, or a name that is nowhere in it
+    remember_fresh(model)
     return loaded
 
 
@@ -84,12 +86,15 @@ def _begin_trainer(begin: Callable[..., Any], handler: Any, /, *args: Any, **kwa
 def _begin_training(begin: Callable[..., Any], handler: Any, /, args: Any, *others: Any, **kwargs: Any) -> Any:
     """Refuse a training that asks for a sparsity without one `SlimTrainerCallback`: nothing would be removed.
 
+    Nor would a teacher be asked by a trainer that knows of none.
+
     This holds for whatever calls callbacks, also where a class has a `train` of its own, and for the arguments of
     every trial of a hyperparameter search.
     """
     refuse_several(handler.callbacks)
     if not _is_slimming(handler):
         refuse_unused(args)
+    refuse_untaught(args, handler.callbacks)
     return begin(handler, args, *others, **kwargs)
 
 

@@ -22,7 +22,7 @@ from trainers import make_data, slim_callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from hf_slim import SlimTrainerCallback, SlimTrainingArguments, save_slimmed
+from hf_slim import SlimTrainer, SlimTrainerCallback, SlimTrainingArguments, save_slimmed
 
 GLOBAL_BATCH = 8
 PLANS = {"bert": {"bert.encoder.layer.*": "free_full_weight", "bert.embeddings": "free_full_weight"}, "llama": None}
@@ -42,7 +42,16 @@ class MaskLog(TrainerCallback):
         self.steps.append({name: mask.tolist() for name, mask in self.slim.masks.items()})
 
 
-def train(mode: str, name: str, out: Path, *, slim: bool = True, resume: str | None = None, **changes: object) -> None:
+def train(
+    mode: str,
+    name: str,
+    out: Path,
+    *,
+    slim: bool = True,
+    teacher: bool = False,
+    resume: str | None = None,
+    **changes: object,
+) -> None:
     """Train a tiny model with a whole schedule and save it slimmed."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     dense = out / "dense"
@@ -70,9 +79,13 @@ def train(mode: str, name: str, out: Path, *, slim: bool = True, resume: str | N
         slim_round_to=8,
         slim_start=2,
         slim_end=8,
+        slim_teacher=str(out / "teacher") if teacher else None,
+        slim_hidden_weight=1.0 if teacher else 0.0,
     )
     if rank == 0:
         build(name, spread=0.05, **changes).save_pretrained(dense)
+        if teacher:
+            build(name, seed=5, spread=0.05, **changes).save_pretrained(out / "teacher")
     if mode == "fsdp":
         config = {"distributed_config": DistributedConfig(fsdp_size=world, fsdp_plan=PLANS[name])}
     if mode != "single":
@@ -80,7 +93,8 @@ def train(mode: str, name: str, out: Path, *, slim: bool = True, resume: str | N
     model = CLASSES[name].from_pretrained(dense, **config)
     log = MaskLog()
     callbacks = [SlimTrainerCallback(), log] if slim else []
-    trainer = Trainer(model, args, train_dataset=make_data(build(name, **changes)), callbacks=callbacks)
+    trainer_class = SlimTrainer if teacher else Trainer
+    trainer = trainer_class(model, args, train_dataset=make_data(build(name, **changes)), callbacks=callbacks)
     log.slim = slim_callback(trainer) if slim else None
     trainer.train(resume_from_checkpoint=resume)
     (out / f"peak-{rank}.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
@@ -89,6 +103,7 @@ def train(mode: str, name: str, out: Path, *, slim: bool = True, resume: str | N
         result = {
             "masks": log.steps,
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "distances": [entry.get("distill_loss") for entry in trainer.state.log_history if "loss" in entry],
             "parameters": report.parameters_after,
         }
         (out / f"result-{rank}.json").write_text(json.dumps(result))
@@ -152,6 +167,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume", help="checkpoint to resume from")
     parser.add_argument("--dense", action="store_true", help="without slimming")
+    parser.add_argument("--teacher", action="store_true", help="with a teacher")
     parser.add_argument("--width", type=int, default=32, help="of the hidden states")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -161,6 +177,7 @@ if __name__ == "__main__":
         options.model,
         options.out,
         slim=not options.dense,
+        teacher=options.teacher,
         resume=options.resume,
         **EXACT[options.model],
         **sizes,

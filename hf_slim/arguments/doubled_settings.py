@@ -8,6 +8,7 @@ from typing import Any
 
 from .range_checks import SPARSITIES
 from .slim_fields import SlimArgumentsMixin, SlimConfig
+from .teacher_checks import TEACHER_FIELDS
 
 
 def refuse_unused(arguments: Any) -> None:
@@ -43,6 +44,7 @@ def refuse_two_settings(arguments: Any, config: Any) -> None:
     name = type(arguments).__name__
     given = [f.name for f in fields(SlimConfig) if getattr(arguments, f.name) != f.default]
     if not isinstance(config, SlimConfig):
+        given = [field for field in given if field not in TEACHER_FIELDS]
         if given:
             raise ValueError(
                 f"SlimTrainerCallback was given auto-slim entries, which hold all settings, and {name} has "
@@ -56,6 +58,20 @@ def refuse_two_settings(arguments: Any, config: Any) -> None:
             f"SlimTrainerCallback has {_quote(config, differing)}. Give them once, in the arguments (then "
             "SlimTrainerCallback() takes nothing) or in the SlimConfig."
         )
+
+
+def find_teacher_fields(settings: SlimConfig) -> list[str]:
+    """The fields about a teacher that are not at their defaults, as messages quote them.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        For example `slim_hidden_weight=1.0`.
+    """
+    defaults = SlimConfig()
+    changed = [name for name in TEACHER_FIELDS if getattr(settings, name) != getattr(defaults, name)]
+    return [_quote(settings, [name]) for name in changed]
 
 
 def _quote(values: Any, names: Iterable[str]) -> str:

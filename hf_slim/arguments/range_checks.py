@@ -38,6 +38,26 @@ def check_whole(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
 
 
+def check_number(values: Any, key: str, called: Mapping[str, str] = MappingProxyType({})) -> float:
+    """Refuse what is not a number.
+
+    Args:
+        values: What has the field.
+        key: The field.
+        called: What messages call a field, where that is not its name.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is something else; the message quotes it.
+    """
+    value = getattr(values, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{called.get(key, key)} must be a number, got {value!r}: give a Python int or float.")
+    return value
+
+
 def check_settings(values: Any, called: Mapping[str, str] = MappingProxyType({})) -> None:
     """Refuse values of the slimming fields that are out of range; whole numbers and lists of patterns are made such.
 
@@ -50,7 +70,7 @@ def check_settings(values: Any, called: Mapping[str, str] = MappingProxyType({})
     """
     names = {name: called.get(name, name) for name in (*SPARSITIES, *_TIMES, *_CHOICES, *_WHOLE)}
     for key in SPARSITIES:
-        value = _check_number(values, key, names)
+        value = check_number(values, key, names)
         if not 0 <= value < 1:
             raise ValueError(f"{names[key]} must be in [0, 1), got {value}: it is the fraction to remove.")
         setattr(values, key, float(value))  # a hyperparameter search keeps the type
@@ -71,7 +91,7 @@ def check_settings(values: Any, called: Mapping[str, str] = MappingProxyType({})
 def _check_times(values: Any, names: Mapping[str, str]) -> None:
     start, end, frequency = (names[key] for key in _TIMES)
     for key in _TIMES:
-        value = _check_number(values, key, names)
+        value = check_number(values, key, names)
         if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
             raise ValueError(
                 f"{names[key]} must be a step (a whole number from 1) or a fraction of training (in [0, 1)), "
@@ -88,13 +108,6 @@ def _check_times(values: Any, names: Mapping[str, str]) -> None:
         raise ValueError(f"{frequency} must be above 0, got 0: it is the distance between two pruning steps.")
     if (values.slim_start < 1) == (values.slim_end < 1) and values.slim_start > values.slim_end:
         raise ValueError(f"{start} must not be after {end}, got {start}={values.slim_start}, {end}={values.slim_end}.")
-
-
-def _check_number(values: Any, key: str, names: Mapping[str, str]) -> float:
-    value = getattr(values, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{names[key]} must be a number, got {value!r}: give a Python int or float.")
-    return value
 
 
 def _check_patterns(patterns: Any) -> list[str]:

@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from .choices import CriterionName, DistillSource, LiveChoice, ScheduleName, ScopeName
 from .pruning_steps import place_steps
 from .range_checks import check_settings
+from .teacher_checks import check_teacher_fields
 
 
 @dataclass
@@ -140,6 +141,7 @@ class SlimArgumentsMixin:
     def __post_init__(self) -> None:
         """Check the ranges, then hand over to the other base's checks."""
         check_settings(self)
+        check_teacher_fields(self)
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()

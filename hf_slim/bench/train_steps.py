@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from ..arguments import SlimConfig, place_steps
+from ..distillation import Distiller
 from ..saving import time_alternately, time_call
 from ..training import Schedule, Slimmer, SlimTrainerCallback
 from .shapes import Case
@@ -26,6 +27,7 @@ _EVERY_STEP = {"slim_start": 2, "slim_end": PRUNING_STEPS + 1, "slim_frequency":
 _AT_ONCE = {"slim_start": 1, "slim_end": 1, "slim_schedule": "oneshot"}
 STEPS: dict[str, dict[str, Any] | None] = {
     "plain": None,
+    "teacher": None,
     "scoring": {"slim_start": _FAR - 1, "slim_end": _FAR},
     "pruning": _EVERY_STEP,
     "pruning live": _EVERY_STEP,
@@ -44,6 +46,7 @@ class TrainStep:
         optimizer: Its optimizer.
         batch: The inputs, with labels.
         slimming: The masks and scores; None for a plain step.
+        distiller: The teacher and what is compared; None for a step without one.
 
     Attributes:
         extra: For every step taken the seconds that slimming took.
@@ -55,9 +58,11 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         batch: Mapping[str, torch.Tensor],
         slimming: Slimmer | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         """See the class."""
         self.model, self.optimizer, self.batch, self.slimming = model, optimizer, batch, slimming
+        self.distiller = distiller
         self.extra: list[float] = []
 
     def __call__(self) -> None:
@@ -66,7 +71,7 @@ class TrainStep:
         if slimming is not None:
             slimming.watch(self.model, step)
         self.model.train()
-        self.model(**self.batch).loss.backward()
+        self._compute_loss().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         extra, is_scored = 0.0, slimming is not None and not slimming.has_reached_target
         if slimming is not None and is_scored:
@@ -77,6 +82,13 @@ class TrainStep:
         self.extra.append(extra)
         self.optimizer.zero_grad()
 
+    def _compute_loss(self) -> torch.Tensor:
+        if self.distiller is None:
+            return self.model(**self.batch).loss
+        with self.distiller.watch() as calls:
+            loss = self.model(**self.batch).loss
+        return self.distiller.combine(loss, self.distiller.measure(calls))
+
     def _time(self, call: Callable[[], Any]) -> float:
         return time_call(call, self.batch["input_ids"].device)
 
@@ -84,10 +96,11 @@ class TrainStep:
 def make_steps(case: Case, kinds: Iterable[str]) -> dict[str, TrainStep]:
     """Make train steps of several kinds.
 
-    `plain`, `scoring` (before the first pruning step), `pruning` (every step but the first drops units, until the
-    target is reached) and `masked` (after the last pruning step) share one dense model and its optimizer, so that they
-    differ in nothing else; zeros do not change how long a matrix product takes. `pruning live` removes the units at
-    once from a model of its own, and proves it on the batch; `live` trains a model from which they have been removed.
+    `plain`, `teacher` (as plain, but the model learns from a copy of it), `scoring` (before the first pruning step),
+    `pruning` (every step but the first drops units, until the target is reached) and `masked` (after the last pruning
+    step) share one dense model and its optimizer, so that they differ in nothing else; zeros do not change how long a
+    matrix product takes. `pruning live` removes the units at once from a model of its own, and proves it on the batch;
+    `live` trains a model from which they have been removed.
 
     Args:
         case: The case, with the size of its batches.
@@ -103,10 +116,12 @@ def make_steps(case: Case, kinds: Iterable[str]) -> dict[str, TrainStep]:
         is_live = kind.endswith("live")
         model, optimizer = _build(case) if is_live else shared()
         changes = STEPS[kind]
-        slimming = None
+        slimming = distiller = None
+        if kind == "teacher":
+            distiller = Distiller(case.build(), model, SlimConfig())
         if changes is not None:
             slimming = Slimmer(model, case.settings(**changes, slim_live=is_live), _FAR, optimizer=optimizer)
-        steps[kind] = TrainStep(model, optimizer, batch, slimming)
+        steps[kind] = TrainStep(model, optimizer, batch, slimming, distiller)
     return steps
 
 
@@ -127,7 +142,7 @@ def measure_train(case: Case) -> Iterator[dict[str, Any]]:
     """
     ideal_live = case.count_flops(backward=True) / case.count_flops(slim=True, backward=True)
     phases = (
-        (("plain", "scoring", "masked", "live"), case.arguments.repeats, 3),
+        (("plain", "teacher", "scoring", "masked", "live"), case.arguments.repeats, 3),
         (("plain", "pruning", "pruning live"), PRUNING_STEPS, 1),
     )
     for kinds, rounds, warm_up in phases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     default_data_collator,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..arguments import SlimTrainingArguments
+from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
+from ..distillation import SlimTrainer
 from ..saving import count_bytes, count_parameters, measure_latency, save_slimmed
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
@@ -80,6 +80,8 @@ def run(
 ) -> Comparison:
     """Train a model slimmed and then dense, save the slim one, and compare them.
 
+    With `slim_teacher="dense"` the dense one is trained first, and the slimmed one learns from it.
+
     Both trainings start from the same weights and take the same seed, data order and number of steps. Their
     checkpoints go to `masked` and `dense` in the output folder, the slim model to `slim`, the figures to
     `comparison.json`. With `resume_from_checkpoint=true` each training goes on from its last checkpoint.
@@ -103,7 +105,9 @@ def run(
     slim_model = output_dir / "slim"
 
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
-    trainer = _make_trainer(setup, training_arguments, "masked", _make_model(setup, training_arguments), slim=True)
+    dense = _train_dense(setup, training_arguments) if training_arguments.slim_teacher == "dense" else None
+    teacher = None if dense is None else dense.model
+    trainer = _make_slim_trainer(setup, training_arguments, _make_model(setup, training_arguments), teacher)
     _train(trainer)
     metrics, models = {}, {}
     if find_shape(trainer.model) is None:
@@ -116,8 +120,7 @@ def run(
     trainer = _make_trainer(setup, training_arguments, "masked", loaded)
     metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
 
-    trainer = _make_trainer(setup, training_arguments, "dense", _make_model(setup, training_arguments))
-    _train(trainer)
+    trainer = dense or _train_dense(setup, training_arguments)
     metrics["dense"], models["dense"] = _evaluate(trainer, setup.task), trainer.model
 
     batch = dict(next(iter(trainer.get_eval_dataloader())))
@@ -246,26 +249,44 @@ def _make_model(setup: _Setup, arguments: SlimTrainingArguments) -> PreTrainedMo
     return _auto_class(setup.task).from_pretrained(setup.weights, config=config)
 
 
-def _make_trainer(
-    setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel, *, slim: bool = False
+def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel) -> Trainer:
+    own = copy.copy(arguments)
+    own.ffn2_sparsity = own.mha_sparsity = 0.0
+    for name in TEACHER_FIELDS:
+        setattr(own, name, getattr(SlimConfig(), name))
+    return Trainer(model, **_common(setup, own, part))
+
+
+def _make_slim_trainer(
+    setup: _Setup, arguments: SlimTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> Trainer:
     own = copy.copy(arguments)
-    own.output_dir = str(Path(arguments.output_dir) / part)
+    if teacher is not None:
+        own.slim_teacher = None
+    common = _common(setup, own, "masked")
+    return SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common)
+
+
+def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, Any]:
+    """What the trainers have in common, with arguments of their own."""
+    own.output_dir = str(Path(own.output_dir) / part)
     own.push_to_hub = False  # what is pushed is the slim model
-    if not slim:
-        own.ffn2_sparsity = own.mha_sparsity = 0.0
-    callbacks: Sequence[TrainerCallback] = [SlimTrainerCallback()] if slim else []
-    collator = default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
-    return Trainer(
-        model,
-        own,
-        train_dataset=setup.train,
-        eval_dataset=setup.validation,
-        processing_class=setup.tokenizer,
-        data_collator=collator,
-        compute_metrics=_make_compute_metrics(setup.task),
-        callbacks=callbacks,
-    )
+    return {
+        "args": own,
+        "train_dataset": setup.train,
+        "eval_dataset": setup.validation,
+        "processing_class": setup.tokenizer,
+        "data_collator": (
+            default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
+        ),
+        "compute_metrics": _make_compute_metrics(setup.task),
+    }
+
+
+def _train_dense(setup: _Setup, arguments: SlimTrainingArguments) -> Trainer:
+    trainer = _make_trainer(setup, arguments, "dense", _make_model(setup, arguments))
+    _train(trainer)
+    return trainer
 
 
 def _train(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@
 
 from .auto_slim_entries import parse_auto_slim_config
 from .callback import SlimTrainerCallback, add_sparsities, refuse_several
+from .captured_batch import find_entries
 from .checkpoints import choose_checkpoint, find_whole_checkpoint, restore_shape
 from .damaged_weight_files import find_damaged_weights
 from .importance import score_structures

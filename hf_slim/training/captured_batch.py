@@ -51,7 +51,7 @@ class Capture:
             called: What stands for the model where it is called: the model as torch.compile has wrapped it.
         """
         self.end()
-        entries = [("", called)] if called is not None and called is not model else _find_entries(model, "")
+        entries = [("", called)] if called is not None and called is not model else find_entries(model, "")
         for path, module in entries:
             hook = partial(self._keep, path)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -76,14 +76,24 @@ class Capture:
             self._calls[path] = Call(path, *tree_map(_copy, (args, kwargs)))
 
 
-def _find_entries(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The model and the transformers models in it; what is compiled is not looked into, since hooks would be, too."""
+def find_entries(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Find the modules that a loss may call: the model, and the transformers models in it.
+
+    What is compiled is not looked into, since hooks would be compiled, too.
+
+    Args:
+        module: The model, or a module in it.
+        path: Its dotted name in the model.
+
+    Yields:
+        Dotted names and modules.
+    """
     is_compiled = is_compiled_module(module)
     if not path or is_compiled or isinstance(module, PreTrainedModel):
         yield path, module
     if not is_compiled:
         for name, child in module.named_children():
-            yield from _find_entries(child, f"{path}.{name}" if path else name)
+            yield from find_entries(child, f"{path}.{name}" if path else name)
 
 
 def _copy(value: Any) -> Any:

@@ -70,7 +70,7 @@ def test_a_whole_run(folder, capsys):
     assert results["command"].startswith(f"hf-slim bench --models {folder} --batch_sizes 2 --sequence_lengths 8 ")
 
     steps = {record["step"]: record for record in results["train"]}
-    assert list(steps) == ["plain", "scoring", "masked", "live", "pruning", "pruning live"]
+    assert list(steps) == ["plain", "teacher", "scoring", "masked", "live", "pruning", "pruning live"]
     assert (steps["plain"]["against_plain"], steps["plain"]["extra_ms"]) == (1, 0)
     assert all(0 < steps[step]["extra"] <= steps[step]["extra_most"] for step in ("scoring", "masked", "pruning"))
     assert steps["live"]["fraction"] == pytest.approx(steps["live"]["speed_up"] / steps["live"]["ideal"])
@@ -93,7 +93,10 @@ def test_a_whole_run(folder, capsys):
     assert all(seconds > 0 for name, seconds in times.items() if name.endswith("_s"))
 
     memory = {record["what"]: record for record in results["memory"]}
-    assert list(memory)[:2] == ["plain step", "scoring step"] and memory["plain step"]["ratio"] in (1, None)
+    assert list(memory)[:3] == ["plain step", "teacher step", "scoring step"] and memory["plain step"]["ratio"] in (
+        1,
+        None,
+    )
     assert {"compact", "save dense", "save slim", "load dense", "load slim"} < memory.keys()
 
     assert (folder / "out" / "speedup.png").read_bytes()[:8] == PNG

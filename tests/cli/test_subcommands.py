@@ -177,6 +177,34 @@ def test_both_trainings_go_on_from_their_checkpoints(folder):
         assert resumed[name]["metrics"] == whole[name]["metrics"]
 
 
+def test_the_dense_model_is_trained_first_to_teach_the_slimmed_one(folder):
+    plain = _run(*_flags(folder), *SLIM)
+    taught = _run(*_flags(folder, slim_teacher="dense", logging_steps=1, save_strategy="epoch"), *SLIM)
+    assert taught["dense"] == {**plain["dense"], "latency_ms": taught["dense"]["latency_ms"]}
+    assert taught["masked"]["metrics"]["loss"] != plain["masked"]["metrics"]["loss"]
+    (state,) = (folder / "out" / "masked").glob("checkpoint-*/trainer_state.json")
+    logged = [entry["distill_loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    assert len(logged) == 4 and logged[0] > 0
+    (state,) = (folder / "out" / "dense").glob("checkpoint-*/trainer_state.json")
+    assert not any("distill_loss" in entry for entry in json.loads(state.read_text())["log_history"])
+
+
+def test_a_run_goes_on_with_its_dense_teacher(folder):
+    flags = _flags(folder, save_strategy="steps", save_steps=3, slim_teacher="dense")
+    whole = _run(*flags, *SLIM)
+    for part in ("dense", "masked"):
+        shutil.rmtree(folder / "out" / part / "checkpoint-4")
+    resumed = _run(*flags, "--resume_from_checkpoint", "true", *SLIM)
+    for name in ("dense", "masked", "slimmed"):
+        assert resumed[name]["metrics"] == whole[name]["metrics"]
+
+
+def test_a_run_learns_from_a_folder(folder):
+    _run(*_flags(folder), *SLIM)
+    figures = _run(*_flags(folder, slim_teacher=folder / "out" / "slim", output_dir=folder / "taught"), *SLIM)
+    assert figures["dense"]["metrics"] != figures["masked"]["metrics"]
+
+
 def test_the_best_model_is_one_at_the_target_sparsity(folder):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
     figures = _run(*_flags(folder, save_strategy="steps", save_steps=1, slim_start=2, slim_end=3, **best), *SLIM)

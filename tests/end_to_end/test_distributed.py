@@ -62,6 +62,20 @@ def test_two_processes_do_what_one_does(mode, alone, together):
     assert result["weights"] < 1e-5
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_two_processes_learn_from_a_teacher_as_one_does(name, tmp_path):
+    launch(sys.executable, "distributed.py", "single", name, str(tmp_path / "one"), "--teacher")
+    wanted = json.loads((tmp_path / "one" / "result-0.json").read_text())["distances"]
+    assert len(wanted) == 12 and min(wanted) > 0.01
+    for mode in ("ddp", "fsdp"):
+        launch(*IN_TWO, mode, name, str(tmp_path / mode), "--teacher")
+        result = compare(tmp_path / "one", tmp_path / mode)
+        assert (result["processes"], result["steps"], result["other_masks"]) == (2, 12, 0)
+        assert max(result["loss"], result["weights"]) < 1e-5
+        got = json.loads((tmp_path / mode / "result-0.json").read_text())["distances"]
+        assert got == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(together, tmp_path):
     whole = together("ddp", "bert")
     launch(*IN_TWO, "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from ..arguments import SlimConfig, place_steps
-from ..saving import time_alternately, time_call
+from ..costs import time_alternately, time_call
 from ..training import Schedule, Slimmer, SlimTrainerCallback
 from .shapes import Case
 

@@ -254,6 +254,7 @@ def _make_trainer(
     own.push_to_hub = False  # what is pushed is the slim model
     if not slim:
         own.ffn2_sparsity = own.mha_sparsity = 0.0
+        own.slim_target_params = own.slim_target_flops = own.slim_target_latency = None
     callbacks: Sequence[TrainerCallback] = [SlimTrainerCallback()] if slim else []
     collator = default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
     return Trainer(

@@ -90,7 +90,7 @@ def make_key(model: nn.Module, device: torch.device, batches: Any) -> dict[str, 
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "model": type(model).__name__,
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": getattr(config, "_attn_implementation_internal", None),
         "shape": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16],
         "inputs": [{name: list(tensor.shape) for name, tensor in batch.items()} for batch in batches],
     }

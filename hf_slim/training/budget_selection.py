@@ -86,24 +86,44 @@ def select_within(
 
 
 def _exchange(ladders: Sequence[_Ladder], left: float, allowed: float) -> None:
-    """Exchange single blocks of two structures, as long as much is not used up and that uses more of it.
+    """Bring a block back for blocks of other structures, as long as much is not used up and that uses more of it.
 
-    A block that is worth less than what it takes the place of comes back only where more than a hundredth is unused.
+    Where these are worth more than the block, it comes back only if more than a hundredth is unused.
     """
     while allowed - left > _NEAR * allowed:
-        pairs = [
-            (back.next_gain - gone.last_loss, back, gone)
-            for back in ladders
-            for gone in ladders
-            if back is not gone
-            and back.place
-            and gone.place < len(gone.sizes) - 1
-            and 0 < back.next_cost - gone.last_cost <= allowed - left
-        ]
-        gain, back, gone = max(pairs, key=lambda pair: pair[0], default=(-math.inf, None, None))
-        if back is None or gone is None or (gain <= 0 and allowed - left <= _FAR * allowed):
+        trials = [_try_exchange(ladder, ladders, allowed - left) for ladder in ladders if ladder.place]
+        gain, more, places = max(trials, key=lambda trial: trial[0], default=(-math.inf, 0.0, {}))
+        if gain == -math.inf or (gain <= 0 and allowed - left <= _FAR * allowed):
             return
-        left -= back.step(-1) + gone.step(1)
+        left += more
+        for ladder in ladders:
+            ladder.place = places.get(ladder.name, ladder.place)
+
+
+def _try_exchange(back: _Ladder, ladders: Sequence[_Ladder], unused: float) -> tuple[float, float, dict[str, int]]:
+    """What it would be worth to bring a block back, what the model would cost more, and the new places."""
+    places = {ladder.name: ladder.place for ladder in ladders}
+    gain, more = (
+        back.worth[back.place - 1] - back.worth[back.place],
+        back.costs[back.place - 1] - back.costs[back.place],
+    )
+    places[back.name] -= 1
+    while more > unused:
+        rates = [
+            ((ladder.worth[place] - ladder.worth[place + 1]) / saved, ladder)
+            for ladder in ladders
+            if ladder is not back
+            and (place := places[ladder.name]) < len(ladder.costs) - 1
+            and (saved := ladder.costs[place] - ladder.costs[place + 1]) > 0
+        ]
+        if not rates:
+            return -math.inf, 0.0, {}
+        gone = min(rates, key=lambda rate: rate[0])[1]
+        place = places[gone.name]
+        gain -= gone.worth[place] - gone.worth[place + 1]
+        more -= gone.costs[place] - gone.costs[place + 1]
+        places[gone.name] += 1
+    return (gain, more, places) if more > 0 else (-math.inf, 0.0, {})
 
 
 class _Ladder:
@@ -132,14 +152,14 @@ class _Ladder:
         self.sizes = [there, *(size for size in below if size >= floor)]
         self.counted = [round_up(size, multiple, structure.units) for size in self.sizes]
         best = values[self._order[:there]].cumsum(0)
-        self._costs = [costs.of(structure.name, size) for size in self.counted]
-        self._worth = [float(best[size - 1]) if size else 0.0 for size in self.sizes]
+        self.costs = [costs.of(structure.name, size) for size in self.counted]
+        self.worth = [float(best[size - 1]) if size else 0.0 for size in self.sizes]
 
     def find_edges(self) -> list[tuple[float, int]]:
         """The lower hull of what is lost over what is saved: slopes, ascending, and the places where they end."""
         hull = [0]
         for place in range(1, len(self.sizes)):
-            if self._costs[place] >= self._costs[hull[-1]] - _SLACK * abs(self._costs[0]):
+            if self.costs[place] >= self.costs[hull[-1]] - _SLACK * abs(self.costs[0]):
                 continue  # it saves nothing
             while len(hull) > 1 and self._slope(hull[-1], place) <= self._slope(hull[-2], hull[-1]):
                 hull.pop()
@@ -148,33 +168,19 @@ class _Ladder:
 
     def step(self, direction: int) -> float:
         """Go down by a block (1) or back up (-1); gives the cost that this saves."""
-        before = self._costs[self.place]
+        before = self.costs[self.place]
         self.place += direction
-        return before - self._costs[self.place]
+        return before - self.costs[self.place]
 
     @property
     def next_cost(self) -> float:
         """What the block would cost that would come back next."""
-        return self._costs[self.place - 1] - self._costs[self.place]
-
-    @property
-    def next_gain(self) -> float:
-        """What that block is worth."""
-        return self._worth[self.place - 1] - self._worth[self.place]
-
-    @property
-    def last_cost(self) -> float:
-        """What the block costs that would go next."""
-        return self._costs[self.place] - self._costs[self.place + 1]
-
-    @property
-    def last_loss(self) -> float:
-        """What that one is worth."""
-        return self._worth[self.place] - self._worth[self.place + 1]
+        return self.costs[self.place - 1] - self.costs[self.place]
 
     def find_worth(self) -> float:
         """What the block that would come back is worth over what it costs."""
-        return self.next_gain / self.next_cost if self.next_cost > 0 else math.inf
+        gain = self.worth[self.place - 1] - self.worth[self.place]
+        return gain / self.next_cost if self.next_cost > 0 else math.inf
 
     def make_mask(self) -> torch.Tensor:
         """The best units, as many as the size says."""
@@ -183,4 +189,4 @@ class _Ladder:
         return mask
 
     def _slope(self, start: int, end: int) -> float:
-        return (self._worth[start] - self._worth[end]) / (self._costs[start] - self._costs[end])
+        return (self.worth[start] - self.worth[end]) / (self.costs[start] - self.costs[end])

@@ -20,6 +20,8 @@ from .unit_selection import multiple_of
 _CLOSE = 0.02
 """How far from what was asked a measured time may be."""
 _TRIES = 4
+_LEAST = 0.25
+"""What part of what the curves promise is taken to be saved at least: less has been measured wrong."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class BudgetTarget:
     def select(self, scores: Mapping[str, torch.Tensor], masks: Masks, step: int) -> dict[str, torch.Tensor]:
         """Choose the units to keep at a pruning step; every process has to call this.
 
-        Where costs are times, a model of the sizes that are chosen last is timed, and the choice corrected by that.
+        Where costs are times, a model of the sizes that are chosen is timed, and the choice corrected by that: what is
+        dropped once never comes back.
 
         Args:
             scores: For each structure's name one number per unit, shape `[units]`, of which the sum over units is what
@@ -63,10 +66,12 @@ class BudgetTarget:
         Returns:
             The new masks of the structures, on the CPU.
         """
-        if step < self.schedule.steps[-1]:
-            return self._select(scores, masks, self.costs.dense * (1 - self.schedule.sparsity_at(step)))
-        chosen = self._select(scores, masks, self.asked)
-        return self._correct(chosen, scores, masks) if self.costs.measure is not None else chosen
+        is_last = step >= self.schedule.steps[-1]
+        allowed = self.asked if is_last else self.costs.dense * (1 - self.schedule.sparsity_at(step))
+        chosen = self._select(scores, masks, allowed)
+        if self.costs.measure is None:
+            return chosen
+        return self._correct(chosen, scores, masks, allowed, tries=_TRIES if is_last else 2)
 
     def report(self, kept: Kept) -> BudgetReport:
         """What was asked for, and what a model of some sizes has.
@@ -88,19 +93,26 @@ class BudgetTarget:
         )
 
     def _correct(
-        self, chosen: dict[str, torch.Tensor], scores: Mapping[str, torch.Tensor], masks: Masks
+        self,
+        chosen: dict[str, torch.Tensor],
+        scores: Mapping[str, torch.Tensor],
+        masks: Masks,
+        allowed: float,
+        tries: int,
     ) -> dict[str, torch.Tensor]:
-        """Of several choices that whose measured cost is nearest to what was asked for."""
-        allowed, best, nearest = self.asked, chosen, float("inf")
-        for _ in range(_TRIES):
+        """Of several choices that whose measured cost is nearest to what is allowed."""
+        aim, best, nearest = allowed, chosen, float("inf")
+        for _ in range(tries):
             kept = {name: int(mask.sum()) for name, mask in chosen.items()}
             got = run_in_first_process(partial(self.costs.find, kept))
-            if abs(got / self.asked - 1) < nearest:
-                best, nearest = chosen, abs(got / self.asked - 1)
+            if abs(got / allowed - 1) < nearest:
+                best, nearest = chosen, abs(got / allowed - 1)
             if nearest <= _CLOSE:
                 break
-            allowed += self.asked - got
-            chosen = self._select(scores, masks, allowed)
+            saved = self.costs.dense - self.costs.total(kept)
+            factor = max((self.costs.dense - got) / saved, _LEAST) if saved > 0 else 1.0
+            aim = self.costs.dense - (self.costs.dense - allowed) / factor
+            chosen = self._select(scores, masks, aim)
         return best
 
 

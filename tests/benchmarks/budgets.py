@@ -3,9 +3,9 @@
     python tests/benchmarks/budgets.py shapes
     python tests/benchmarks/budgets.py quality --text tinyshakespeare/input.txt --steps 400 --seeds 0 1 2
 
-`shapes` plans budgets for middle-size models with random scores, and counts or times what comes of them (medians of 40
-passes in turn with the dense model). `quality` trains a GPT-2 of single bytes, slims it under way to 0.8/0.6, then again
-for each kind of budget to what that model costs. Prints Markdown tables.
+`shapes` plans budgets for middle-size models with random scores, and counts or times what comes of them (medians of
+40 passes in turn with the dense model). `quality` trains a GPT-2 of single bytes, slims it under way to 0.8/0.6, then
+again for each kind of budget to what that model costs. Prints Markdown tables.
 """
 
 import argparse

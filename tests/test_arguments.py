@@ -55,7 +55,6 @@ def test_flags_parse():
         "--output_dir out --ffn2_sparsity 0.8 --mha_sparsity 0.6 --slim_start 100 --slim_end 0.7 --slim_frequency 50 "
         "--slim_schedule exp --slim_criterion snip_momentum --slim_scope local --slim_round_to 16 --slim_min_heads 2 "
         "--slim_exclude encoder.layer.0 .*attention --slim_live False "
-        "--slim_target_params 50% --slim_target_flops 0.5 --slim_target_latency 4ms "
         "--slim_teacher self --slim_distill_weight 0.7 --slim_temperature 1 --slim_hidden_weight 2 "
         "--slim_distill_from last_hidden --slim_teacher_dtype bfloat16 --slim_cache_teacher True".split()
     )
@@ -63,7 +62,7 @@ def test_flags_parse():
         *(0.8, 0.6, 100, 0.7, 50, "exp", "snip_momentum", "local", 16, 2),
         ["encoder.layer.0", ".*attention"],
         False,
-        *("50%", "0.5", "4ms", "self", 0.7, 1.0, 2.0, "last_hidden", "bfloat16", True),
+        *(None, None, None, "self", 0.7, 1.0, 2.0, "last_hidden", "bfloat16", True),
     ]
     assert isinstance(args.slim_start, int)
 

@@ -6,26 +6,26 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from .range_checks import SPARSITIES
+from .budgets import find_asked
 from .slim_fields import SlimArgumentsMixin, SlimConfig
 from .teacher_checks import TEACHER_FIELDS
 
 
 def refuse_unused(arguments: Any) -> None:
-    """Refuse arguments that ask for a sparsity where nothing would drop units.
+    """Refuse arguments that ask for a sparsity or a budget where nothing would drop units.
 
     Args:
         arguments: Those of a trainer without a `SlimTrainerCallback`.
 
     Raises:
-        ValueError: If one of the sparsities is above 0.
+        ValueError: If one of the sparsities is above 0, or a budget is given.
     """
-    asked = [name for name in SPARSITIES if isinstance(arguments, SlimArgumentsMixin) and getattr(arguments, name)]
+    asked = find_asked(arguments) if isinstance(arguments, SlimArgumentsMixin) else []
     if asked:
         raise ValueError(
             f"{type(arguments).__name__} has {_quote(arguments, asked)}, but the trainer has no SlimTrainerCallback, "
             "so nothing would be removed: pass callbacks=[SlimTrainerCallback()] to the trainer, or leave "
-            "ffn2_sparsity and mha_sparsity at 0."
+            "ffn2_sparsity and mha_sparsity at 0 and the budgets out."
         )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, get_args
 
+from .budgets import SPARSITIES, check_budgets
 from .choices import CriterionName, DistillSource, LiveChoice, ScheduleName, ScopeName
 
-SPARSITIES = ("ffn2_sparsity", "mha_sparsity")
 _TIMES = ("slim_start", "slim_end", "slim_frequency")
 _CHOICES = {
     "slim_schedule": ScheduleName,
@@ -82,6 +82,7 @@ def check_settings(values: Any, called: Mapping[str, str] = MappingProxyType({})
             raise ValueError(f"{names[key]} must be one of {choices}, got {value!r}.")
     for key in _WHOLE:
         check_whole(names[key], getattr(values, key))
+    check_budgets(values)
     if isinstance(values.slim_exclude, str):
         values.slim_exclude = [values.slim_exclude]
     if values.slim_exclude is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .budgets import find_asked
 from .choices import CriterionName, DistillSource, LiveChoice, ScheduleName, ScopeName
 from .pruning_steps import place_steps
 from .range_checks import check_settings
@@ -187,5 +188,5 @@ class SlimSeq2SeqTrainingArguments(SlimArgumentsMixin, Seq2SeqTrainingArguments)
 def _check_steps(values: Any) -> None:
     """Place the pruning steps now, where the arguments already say how long the training is."""
     steps = getattr(values, "max_steps", 0)
-    if steps > 0 and (values.ffn2_sparsity or values.mha_sparsity):
+    if steps > 0 and find_asked(values):
         place_steps(values, steps)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..costs import time_alternately, time_call, without_bars
 from ..parallel import find_shards
-from ..saving import measure_latency, save_slimmed, time_alternately, time_call, without_bars
+from ..saving import measure_latency, save_slimmed
 from ..structures import find_structures, get_tensor
 from ..training import score_structures
 from .memory import read_weights, run_fresh

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..saving import without_bars
+from ..costs import without_bars
 from ..structures import find_structures
 from .shapes import Case
 from .train_steps import STEPS, make_steps

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from ..arguments import SlimConfig, place_steps
+from ..costs import time_alternately, time_call
 from ..distillation import Distiller
-from ..saving import time_alternately, time_call
 from ..training import Schedule, Slimmer, SlimTrainerCallback
 from .shapes import Case
 

@@ -252,6 +252,7 @@ def _make_model(setup: _Setup, arguments: SlimTrainingArguments) -> PreTrainedMo
 def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel) -> Trainer:
     own = copy.copy(arguments)
     own.ffn2_sparsity = own.mha_sparsity = 0.0
+    own.slim_target_params = own.slim_target_flops = own.slim_target_latency = None
     for name in TEACHER_FIELDS:
         setattr(own, name, getattr(SlimConfig(), name))
     return Trainer(model, **_common(setup, own, part))

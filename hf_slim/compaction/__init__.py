@@ -13,6 +13,7 @@ from .config_record import (
     refresh_record,
 )
 from .cut_tensors import compact_model, round_up
+from .module_copies import copy_modules
 from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units

@@ -72,7 +72,7 @@ _STAND_INS = ("inputs", "inputs_embeds", "query_embeds", "latents")
 """Those of them that are made only for a model that cannot do without."""
 
 
-def make_inputs(model: PreTrainedModel) -> Inputs:
+def make_inputs(model: PreTrainedModel, length: int = LENGTH) -> Inputs:
     """Make a random example that a model runs on, the same every time.
 
     Every tower takes part: a model for images and text gets an image, and as many placeholder tokens in its text as
@@ -80,16 +80,17 @@ def make_inputs(model: PreTrainedModel) -> Inputs:
 
     Args:
         model: A text, vision, audio, time-series, encoder-decoder or multimodal model; it is run, in evaluation mode.
+        length: Tokens of a text; half as many as the model has positions, if that is less.
 
     Returns:
         Keyword arguments for its forward pass, on its device, floating-point ones in its dtype: `input_ids` of shape
-        `[1, 16]`, `pixel_values` of shape `[1, channels, height, width]`, and so on.
+        `[1, length]`, `pixel_values` of shape `[1, channels, height, width]`, and so on.
 
     Raises:
         ValueError: If the model takes something else, or runs on nothing that was tried; the message says how to pass
             a batch.
     """
-    example = _Example(model)
+    example = _Example(model, length)
     texts = example.make()
     missing = next((name for name in example.required if name not in texts[0]), None)
     if missing is not None:
@@ -179,6 +180,11 @@ def describe(inputs: Mapping[str, Any]) -> str:
 class _Example(Taker):
     """The arguments of one model's forward pass, decided for each modality by itself."""
 
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        """See the class."""
+        super().__init__(model)
+        self._length = length
+
     def make(self) -> list[Inputs]:
         """Inputs for the model; the text in the forms that it may have, likeliest first."""
         inputs = self._others()
@@ -237,8 +243,9 @@ class _Example(Taker):
     def _text(self, vectors: dict[str, int]) -> Inputs:
         """Token ids, with placeholders in the middle, and what goes with each token."""
         config = self.model.config.get_text_config(encoder=True if self.model.config.is_encoder_decoder else None)
-        positions = next((p for n in _POSITIONS if (p := getattr(config, n, None)) is not None and p > 0), 2 * LENGTH)
-        ids = self._random_ids(config, min(LENGTH, positions // 2))
+        default = 2 * self._length
+        positions = next((p for n in _POSITIONS if (p := getattr(config, n, None)) is not None and p > 0), default)
+        ids = self._random_ids(config, min(self._length, positions // 2))
         half = ids.shape[1] // 2
         types = [torch.full((1, count), _MODALITIES.index(modality)) for modality, count in vectors.items()]
         tokens = [(self._placeholder(modality), count) for modality, count in vectors.items()]

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..costs import BudgetReport, time_alternately
 from ..structures import Kind
-from .latency import time_alternately
 
 _RULE = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
 """No line but one under the header."""
@@ -51,6 +51,7 @@ class SlimReport:
         structures: The size of every structure, in the order of the model's modules.
         unproven: Names of the structures that have lost units without proof that the model computes the same without
             them, since the inputs of the comparison reach none of their layers, or nothing was compared.
+        budget: What was asked for by a budget, and what came of it; None if none was.
     """
 
     parameters_before: int
@@ -59,17 +60,22 @@ class SlimReport:
     bytes_after: int
     structures: tuple[StructureSize, ...]
     unproven: tuple[str, ...] = ()
+    budget: BudgetReport | None = None
 
     def __str__(self) -> str:
-        """The totals, then a line for each structure, then those that are not proven."""
+        """The totals, then a line for each structure, then the budget, then those that are not proven."""
         rows = [
             ("", "", "before", "after", "change"),
             _row("parameters", "", self.parameters_before, self.parameters_after),
             _row("megabytes", "", self.bytes_before / 1e6, self.bytes_after / 1e6, ",.1f"),
             *(_row(size.name, size.kind, size.before, size.after) for size in self.structures),
         ]
-        table = render_table(rows, left=2)
-        return f"{table}\nnot proven: {', '.join(self.unproven)}" if self.unproven else table
+        lines = [render_table(rows, left=2)]
+        if self.budget is not None:
+            lines.append(f"budget: {self.budget}")
+        if self.unproven:
+            lines.append(f"not proven: {', '.join(self.unproven)}")
+        return "\n".join(lines)
 
 
 def render_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -50,7 +50,7 @@ from ..structures import (
     has_adapters,
     require_structures,
 )
-from ..training import ModelShape, SlimTrainerCallback, find_shape, find_slimmer
+from ..training import ModelShape, Slimmer, SlimTrainerCallback, find_shape, find_slimmer
 from .atomic_folder import check_folder, replacing
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .model_card import write_model_card
@@ -156,6 +156,7 @@ class _Known(NamedTuple):
         batch: A few rows of the trainer's data.
         unproven: Names of the structures that have lost units while it trained, without proof.
         metrics: The last evaluation.
+        slimmer: The state of the training of this very model, with its plan.
     """
 
     masks: Masks
@@ -164,6 +165,7 @@ class _Known(NamedTuple):
     batch: Mapping[str, Any] | None
     unproven: tuple[str, ...]
     metrics: dict[str, float]
+    slimmer: Slimmer | None
 
 
 def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) -> _Known:
@@ -190,6 +192,7 @@ def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) 
         find_batch(trainer, model) if trainer is not None and needs_batch else None,
         tuple(sorted(slimmer.unproven)) if slimmer is not None else (),
         _metrics(trainer),
+        slimmer if masks else None,
     )
 
 
@@ -209,6 +212,7 @@ def _slim(
         count_bytes(slim),
         tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
         (*unproven, *known.unproven),
+        known.slimmer.report_budget() if known.slimmer is not None else None,
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compaction import find_pretrained, has_remote_code
+from ..compaction import copy_modules, find_pretrained, has_remote_code
 from ..parallel import share_tensors
 from ..proof import RUN_ERRORS, VerificationError
 from ..structures import has_adapters
@@ -44,17 +43,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         The copy; what it computes and saves does not touch the model. With adapters, whose merging changes weights
         where they are, it has weights of its own.
     """
-    memo: dict[int, Any] = {} if has_adapters(model) else share_tensors(model)
-    inside = set()
-    for part in find_pretrained(model):
-        copy.deepcopy(part, memo)
-        inside |= set(part.modules())
-    for module in model.modules():
-        if module not in inside:
-            for name, value in module.__dict__.items():
-                if name not in _OWN and id(value) not in memo and not isinstance(value, nn.Module):
-                    memo[id(value)] = value
-    return copy.deepcopy(model, memo)
+    return copy_modules(model, {} if has_adapters(model) else share_tensors(model))
 
 
 def save_container(model: nn.Module, folder: Path, max_shard_size: int | str | None = None) -> list[Saved]:
@@ -112,9 +101,6 @@ def check_container(model: nn.Module, folder: Path) -> None:
             raise VerificationError(
                 f"{cls.__name__} loads another {key} from the saved folder than the slim one has. Nothing was saved."
             )
-
-
-_OWN = frozenset(nn.Module().__dict__)
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

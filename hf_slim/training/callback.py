@@ -118,7 +118,9 @@ class SlimTrainerCallback(TrainerCallback, ExportableState):
         )
         if not self.slimming.plan.targets:
             warnings.warn(
-                "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=2
+                "SlimTrainerCallback has nothing to do: ffn2_sparsity and mha_sparsity are both 0, and no budget is "
+                "given.",
+                stacklevel=2,
             )
         others = [key for key, stored in state.stateful_callbacks.items() if key != name and _is_state(stored)]
         for other in others:  # what this goes on from, by a class of another name

@@ -13,6 +13,8 @@ from ..structures import Member, Structure, get_tensor
 
 SMOOTHING = 0.9
 """What remains of the earlier score at each optimizer step."""
+LONG_SMOOTHING = 0.99
+"""The same for squares, a few of which would outweigh all others."""
 
 
 def score_structures(
@@ -24,13 +26,15 @@ def score_structures(
     column of a channel; for a head the rows of query, key and value and the columns of the output projection, each
     averaged, then averaged together. `taylor` is |sum of weight * gradient| over the FFN2 or output-projection
     columns (Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650): how much the loss would
-    change, to first order, without the unit.
+    change, to first order, without the unit. `fisher` is the square of that sum: smoothed over steps, the diagonal of
+    the empirical Fisher information of a mask over the units (Kwon et al. 2022, arXiv:2204.09656), by which what
+    several units are worth is a sum, also of channels and heads.
 
     Args:
         model: The model that the structures were found in, with gradients except for `magnitude`. Where its tensors
             are sharded, every process has to call this.
         structures: Its structures.
-        criterion: `magnitude`, `snip_momentum` or `taylor`.
+        criterion: `magnitude`, `snip_momentum`, `taylor` or `fisher`.
         shards: Where its weights and gradients are.
 
     Returns:
@@ -42,37 +46,46 @@ def score_structures(
     scores = {}
     for name, members in scored.items():
         parts = [m.sum_units(sums[m.tensor, m.dim]) for m in members]
-        if criterion == "taylor":
-            scores[name] = torch.stack(parts).sum(0).abs()
+        if criterion in _FIRST_ORDER:
+            scores[name] = _FIRST_ORDER[criterion](torch.stack(parts).sum(0))
         else:
             sizes = [_weights_per_unit(model, m) for m in members]
             scores[name] = torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).mean(0)
     return scores
 
 
-def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor) -> torch.Tensor:
+def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor, smoothing: float = SMOOTHING) -> torch.Tensor:
     """Add a step's scores to those of the steps before: score <- 0.9 score + current.
+
+    What corrects the bias of the first steps would be one factor for all units, and ranks nothing otherwise.
 
     Args:
         previous: Smoothed scores so far, shape `[units]`, or None at the first step.
         current: This step's scores, shape `[units]`.
+        smoothing: What remains of the earlier score.
 
     Returns:
         The smoothed scores, shape `[units]`.
     """
-    return current if previous is None else previous.to(current.device).mul(SMOOTHING).add_(current)
+    return current if previous is None else previous.to(current.device).mul(smoothing).add_(current)
 
 
 _PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
     "magnitude": torch.abs,
     "snip_momentum": lambda weight, gradient: (weight * gradient).abs(),
     "taylor": torch.mul,
+    "fisher": torch.mul,
 }
 """What is summed up for a score, element by element."""
+_FIRST_ORDER: dict[CriterionName, Callable[[torch.Tensor], torch.Tensor]] = {
+    "taylor": torch.abs,
+    "fisher": torch.square,
+}
+"""What a score is of the sum over a unit's columns."""
 
 
 def _scored_members(structure: Structure, criterion: CriterionName) -> list[Member]:
-    whole_head = structure.kind == "mha" and criterion != "taylor"
+    whole_head = structure.kind == "mha" and criterion not in _FIRST_ORDER
     return [m for m in structure.members if m.role == "output" or (whole_head and m.role == "input")]
 
 

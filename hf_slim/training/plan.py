@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps
+from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps, read_budget
 from ..structures import (
     Discovery,
     Kind,
@@ -22,6 +22,7 @@ from ..structures import (
     total_units,
 )
 from .auto_slim_entries import find_entry_structures, read_entry
+from .budget_target import BudgetTarget, make_budget_target
 from .schedule import Schedule
 from .unit_selection import check_reachable, select_units
 
@@ -78,13 +79,13 @@ class Plan:
     """What a training is to remove, and when.
 
     Args:
-        targets: One for each kind with a sparsity above 0, or for each auto-slim entry.
+        targets: One for each kind with a sparsity above 0, or for each auto-slim entry; or that of a budget.
         live: Whether dropped units are to leave the model while it trains.
         round_to: Multiple that the number of channels is rounded up to where the model is saved.
         settings: What was asked for, as plain JSON data.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[Target | BudgetTarget, ...]
     live: LiveChoice
     round_to: int
     settings: Any
@@ -98,6 +99,11 @@ class Plan:
     def last_step(self) -> int:
         """The optimizer step at which the target sparsity is reached; 0 if there is nothing to do."""
         return max((target.schedule.steps[-1] for target in self.targets), default=0)
+
+    @property
+    def budget(self) -> BudgetTarget | None:
+        """The target of a budget, if one was asked for."""
+        return next((target for target in self.targets if isinstance(target, BudgetTarget)), None)
 
     def find_sparsities(self, masks: Masks) -> dict[str, float]:
         """The sparsities that masks give, by the names of the settings.
@@ -124,6 +130,7 @@ def make_plan(
     found: Discovery,
     begin: int = 0,
     steps: Sequence[Sequence[int]] | None = None,
+    sizes: Mapping[str, torch.Size] | None = None,
 ) -> Plan:
     """Turn the settings into a plan for one model and one training, or refuse them.
 
@@ -134,18 +141,22 @@ def make_plan(
         found: What the model has, or had before a training made it smaller.
         begin: Optimizer steps done before slimming begins.
         steps: The pruning steps of each target, where an earlier part of this training has placed them.
+        sizes: For tensors that a training has made smaller the sizes that they had.
 
     Returns:
-        The plan; without targets if all sparsities are 0.
+        The plan; without targets if all sparsities are 0 and there is no budget.
 
     Raises:
         ValueError: If the settings cannot be carried out on this model in this training.
     """
+    targets: tuple[Target | BudgetTarget, ...]
     if isinstance(settings, SlimConfig):
-        asked, round_to = _read_config(model, settings, found), settings.slim_round_to
+        round_to = settings.slim_round_to
+        targets = tuple(_make_target(*wish, max_steps, begin) for wish in _read_config(model, settings, found))
+        targets += tuple(_read_budget(model, settings, found, max_steps, begin, sizes or {}))
     else:
-        asked, round_to = _read_entries(settings, found), SlimConfig().slim_round_to
-    targets = tuple(_make_target(*wish, max_steps, begin) for wish in asked)
+        round_to = SlimConfig().slim_round_to
+        targets = tuple(_make_target(*wish, max_steps, begin) for wish in _read_entries(settings, found))
     if steps is not None:
         targets = _place_steps(targets, steps, max_steps)
     return Plan(targets, find_live_choice(settings), round_to, to_state(settings))
@@ -230,6 +241,24 @@ def _read_config(model: nn.Module, config: SlimConfig, found: Discovery) -> Iter
             yield structures, config, sparsity
 
 
+def _read_budget(
+    model: nn.Module,
+    config: SlimConfig,
+    found: Discovery,
+    max_steps: int,
+    begin: int,
+    sizes: Mapping[str, torch.Size],
+) -> Iterator[BudgetTarget]:
+    budget = read_budget(config)
+    if budget is not None:
+        require_structures(model, found)
+        structures = exclude_structures(found.structures, config.slim_exclude or ())
+        if not structures:
+            raise ValueError(f"slim_exclude={config.slim_exclude} leaves no structure to slim.")
+        steps = place_steps(config, max_steps, begin=begin)
+        yield make_budget_target(model, structures, config, budget, steps, found=found.structures, sizes=sizes)
+
+
 def _read_entries(entries: Iterable[dict[str, Any]], found: Discovery) -> Iterator[_Wish]:
     for entry in entries:
         config, sparsity = read_entry(entry)
@@ -247,7 +276,9 @@ def _make_target(
     return Target(structures[0].kind, structures, schedule, config.slim_criterion, scope, round_to, min_heads)
 
 
-def _place_steps(targets: Sequence[Target], steps: Sequence[Sequence[int]], max_steps: int) -> tuple[Target, ...]:
+def _place_steps(
+    targets: Sequence[Target | BudgetTarget], steps: Sequence[Sequence[int]], max_steps: int
+) -> tuple[Target | BudgetTarget, ...]:
     if len(steps) != len(targets) or any(placed[-1] > max_steps for placed in steps):
         raise ValueError(
             f"The checkpoint's pruning steps, {[list(placed) for placed in steps]}, do not fit {len(targets)} "

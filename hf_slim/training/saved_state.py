@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..arguments import SlimConfig
 from ..structures import Masks
 from .model_shape import ModelShape
 from .plan import Plan, Settings, to_state
@@ -146,9 +148,12 @@ def refuse_other_settings(saved: Mapping[str, Any], settings: Settings) -> None:
         ValueError: If they differ; the message says in what.
     """
     given = json.loads(json.dumps(to_state(settings)))
-    if saved["settings"] != given:
+    stored = saved["settings"]
+    if isinstance(stored, dict):  # what is missing is younger than the checkpoint
+        stored = {**{f.name: f.default for f in fields(SlimConfig)}, **stored}
+    if stored != given:
         raise ValueError(
-            f"The checkpoint was made with other slim settings: {_difference(saved['settings'], given)}. "
+            f"The checkpoint was made with other slim settings: {_difference(stored, given)}. "
             "Resume with the settings of the checkpoint, or start anew."
         )
 

@@ -11,9 +11,11 @@ from transformers.utils import logging
 
 from ..arguments import CriterionName
 from ..compaction import find_zero_units, has_state
+from ..costs import BudgetReport
 from ..parallel import find_shards, whole_shapes
 from ..structures import Structure
 from .attached_optimizer import find_attached
+from .budget_target import BudgetTarget
 from .captured_batch import Call, Capture
 from .dropped_units import DroppedUnits, Step
 from .importance import score_structures
@@ -95,7 +97,8 @@ class Slimmer(LoopDoor):
             self.shape = shape or ModelShape(model)
             self.shape.is_recorded = False
             found = self.shape.found
-            self.plan = make_plan(model, settings, self.max_steps, found=found, begin=begin, steps=steps)
+            sizes = self.shape.sizes_before(model)
+            self.plan = make_plan(model, settings, self.max_steps, found=found, begin=begin, steps=steps, sizes=sizes)
             require_gradients(model, self.plan)
         keeps_zeros = was_masked or (saved is not None and bool(saved.get("zeros")))
         self._units: DroppedUnits = choose_units(
@@ -256,6 +259,11 @@ class Slimmer(LoopDoor):
         """
         return self.plan.find_sparsities(self.masks)
 
+    def report_budget(self) -> BudgetReport | None:
+        """What was asked for by a budget and what the model has with the masks as they are; None without one."""
+        target = self.plan.budget
+        return None if target is None else target.report({name: int(m.sum()) for name, m in self.masks.items()})
+
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, as plain JSON data."""
         self.scores.refuse_bad_step()
@@ -298,7 +306,7 @@ class Slimmer(LoopDoor):
         targets = zip(self.plan.targets, self._events, strict=True)
         return [target.schedule.events_until(step) > done for target, done in targets]
 
-    def _select(self, model: nn.Module, target: Target, step: int) -> bool:
+    def _select(self, model: nn.Module, target: Target | BudgetTarget, step: int) -> bool:
         """Drop units as the schedule says; not yet if no optimizer step has been taken so far (fp16)."""
         scores = self.scores.smoothed
         if target.criterion == "magnitude":

@@ -11,7 +11,7 @@ from torch import nn
 from ..arguments import CriterionName
 from ..parallel import Shards
 from ..structures import Structure, get_tensor
-from .importance import score_structures, smooth_scores
+from .importance import LONG_SMOOTHING, SMOOTHING, score_structures, smooth_scores
 
 Groups = Mapping[CriterionName, Sequence[Structure]]
 """For each criterion the structures that are scored by it, as they are in the model."""
@@ -32,6 +32,7 @@ class Scores:
         self.smoothed: dict[str, torch.Tensor] = {}
         self._shards = shards
         self._pending: dict[str, torch.Tensor] = {}
+        self._squared: set[str] = set()  # the names of the structures whose scores are squares
         self._is_checked = False  # whether the pending scores are known to be finite
         self._taken: int | torch.Tensor = 0  # above 0 from the first step whose scores count
         self._bad_step: torch.Tensor | None = None  # the first step with a score that is not finite, 0 for none
@@ -48,6 +49,7 @@ class Scores:
             RuntimeError: If no gradient is there.
         """
         self._pending, self._is_checked = {}, False
+        self._squared = {s.name for s in groups.get("fisher", ())}
         for criterion, structures in groups.items():
             if not self._shards.scores_before_step:
                 _require_gradients(model, structures, step)
@@ -113,7 +115,8 @@ class Scores:
 
     def _smooth(self, step: int, skipped: bool | torch.Tensor) -> None:
         if (factor := self._shards.clip_factor()) < 1:
-            self._pending = {name: scores * factor for name, scores in self._pending.items()}
+            powers = {name: 2 if name in self._squared else 1 for name in self._pending}
+            self._pending = {name: scores * factor ** powers[name] for name, scores in self._pending.items()}
         counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
         first = next(iter(self._pending.values()))
         if first.device.type == "cpu":
@@ -126,7 +129,8 @@ class Scores:
             before = torch.zeros_like(bad) if self._bad_step is None else self._bad_step
             self._bad_step = torch.where(before.eq(0), bad, before)
         for name, scores in self._pending.items():
-            smoothed = smooth_scores(self.smoothed.get(name), scores)
+            smoothing = LONG_SMOOTHING if name in self._squared else SMOOTHING
+            smoothed = smooth_scores(self.smoothed.get(name), scores, smoothing)
             if counted is not None:
                 kept = self.smoothed.get(name, torch.zeros_like(scores)).to(scores.device)
                 smoothed = torch.where(counted.to(scores.device), smoothed, kept)

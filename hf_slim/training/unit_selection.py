@@ -52,7 +52,7 @@ def select_units(
         keep = _rank_globally(structures, ranked, sparsity, round_to=round_to, min_heads=min_heads)
     chosen = {}
     for structure in structures:
-        number = round_up(keep[structure.name], _multiple(structure, round_to), structure.units)
+        number = round_up(keep[structure.name], multiple_of(structure, round_to), structure.units)
         number = min(number, int(masks[structure.name].sum()))
         mask = torch.zeros(structure.units, dtype=torch.bool)
         mask[ranked[structure.name].argsort(descending=True, stable=True)[:number]] = True
@@ -94,10 +94,11 @@ def check_reachable(
 
 def floor_of(structure: Structure, *, round_to: int, min_heads: int) -> int:
     """The units that a structure keeps at least: `round_to` channels or `min_heads` heads, if it has so many."""
-    return min(structure.units, _multiple(structure, round_to) if structure.kind == "ffn" else min_heads)
+    return min(structure.units, multiple_of(structure, round_to) if structure.kind == "ffn" else min_heads)
 
 
-def _multiple(structure: Structure, round_to: int) -> int:
+def multiple_of(structure: Structure, round_to: int) -> int:
+    """What the number of units of a structure has to be a multiple of: for channels, heads are not rounded."""
     return math.lcm(round_to, structure.multiple) if structure.kind == "ffn" else 1
 
 
@@ -116,7 +117,7 @@ def _rank_globally(
     """How many units each structure keeps: its best ones in blocks of the multiple, the best blocks of all."""
     blocks = []
     for structure in structures:
-        multiple = _multiple(structure, round_to)
+        multiple = multiple_of(structure, round_to)
         floor = floor_of(structure, round_to=round_to, min_heads=min_heads)
         for start, block in enumerate(ranked[structure.name].sort(descending=True).values.split(multiple)):
             alive = block[block > -math.inf]

@@ -10,7 +10,7 @@ import statistics
 import torch
 from torch import nn
 
-from hf_slim.saving.latency import time_alternately
+from hf_slim.costs.timing import time_alternately
 
 STEP = 4
 

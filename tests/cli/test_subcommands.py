@@ -120,6 +120,14 @@ def test_units_that_leave_the_model_while_it_trains(folder, capsys):
     assert re.search(r"\n +dense +slimmed\n-+\naccuracy ", capsys.readouterr().out)
 
 
+def test_a_budget_is_for_the_slimmed_training_alone(folder):
+    flags = ("--slim_target_params", "85%", "--slim_round_to", "8")
+    figures = _run(*_flags(folder), *flags)
+    dense, slimmed = (figures[name]["parameters"] for name in ("dense", "slimmed"))
+    assert dense == _bert_parameters(2)
+    assert 0.8 * dense < slimmed <= 0.85 * dense
+
+
 def test_regression_of_pairs(folder):
     figures = _run(*_flags(folder, "pairs.csv"), *SLIM)
     assert list(figures["dense"]["metrics"]) == ["pearson", "spearman", "loss"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import STACK, TEXT
+from conftest import STACK, TEXT, build
 from transformers import PreTrainedModel
 
 from hf_slim.proof.made_inputs import describe, evaluating, make_inputs
@@ -217,3 +217,10 @@ class Blind(transformers.LlavaForConditionalGeneration):
 def test_other_inputs_are_asked_for(model_class, case, message):
     with pytest.raises(ValueError, match=message):
         make_inputs(model_class(CASES[case][1]))
+
+
+@pytest.mark.parametrize(("positions", "tokens"), [(512, 128), (100, 50)])
+def test_a_longer_text_is_made_where_it_fits(positions, tokens):
+    model = build("bert", max_position_embeddings=positions)
+    assert make_inputs(model, 128)["input_ids"].shape == (1, tokens)
+    assert make_inputs(model)["input_ids"].shape == (1, 16)

@@ -83,3 +83,15 @@ def test_without_a_gradient_the_score_is_zero():
 def test_smoothing():
     first = smooth_scores(None, torch.tensor([1.0, 2.0]))
     assert smooth_scores(first, torch.tensor([3.0, 0.0])).tolist() == pytest.approx([3.9, 1.8])
+
+
+def test_squares_are_remembered_for_longer():
+    first = smooth_scores(None, torch.tensor([1.0, 2.0]), 0.99)
+    assert smooth_scores(first, torch.tensor([3.0, 0.0]), 0.99).tolist() == pytest.approx([3.99, 1.98])
+
+
+@pytest.mark.parametrize("kind", ["ffn", "mha"])
+def test_fisher_is_the_square_of_what_taylor_is_the_size_of(model, kind):
+    structure = find_structures(model).of_kind(kind)[0]
+    taylor = score_units(model, structure, "taylor")
+    torch.testing.assert_close(score_units(model, structure, "fisher"), taylor**2)

@@ -40,7 +40,7 @@ def move_to_fake_gpu(model):
                 module._parameters[name].grad = torch.empty(parameter.shape, device="cuda")
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "snip_momentum", "magnitude"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "snip_momentum", "magnitude"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_ordinary_steps_never_wait_for_the_device(family, criterion):
     """Fake tensors have no values: whatever would need one on the CPU (`item`, `bool`, `nonzero`) fails."""

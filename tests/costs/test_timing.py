@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from hf_slim.saving.latency import time_alternately, time_call, without_bars
+from hf_slim.costs.timing import time_alternately, time_call, without_bars
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+Clock = Callable[[], float]
+
 _LONG = 5.0  # seconds from which a progress bar is shown
 
 
 def time_alternately(
-    calls: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device, desc: str, warm_up: int = 3
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    device: torch.device,
+    desc: str,
+    warm_up: int = 3,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time several calls in rounds, each once a round and always in the same order.
 
@@ -24,6 +32,7 @@ def time_alternately(
         device: Where the calls compute; they are waited for.
         desc: What the progress bar says, which is shown where the rounds take long.
         warm_up: Rounds before, which are not counted.
+        clock: What gives the time, in seconds.
 
     Returns:
         For each name the seconds of every round.
@@ -34,25 +43,39 @@ def time_alternately(
         round_time = sum(time_call(call, device) for call in calls.values())
     for _ in logging.tqdm(range(repeats), desc=desc, leave=False, disable=round_time * repeats < _LONG):
         for name, call in calls.items():
-            times[name].append(time_call(call, device))
+            times[name].append(time_call(call, device, clock))
     return times
 
 
-def time_call(call: Callable[[], Any], device: torch.device) -> float:
+def time_call(call: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Time one call.
 
     Args:
         call: What to time.
         device: Where it computes; it is waited for.
+        clock: What gives the time, in seconds.
 
     Returns:
         Seconds.
     """
     _wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     _wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def choose_clock(device: torch.device) -> Clock:
+    """The clock that a busy machine disturbs least.
+
+    Args:
+        device: Where models compute.
+
+    Returns:
+        That of the thread where a single one computes, which stands still while others have its core; else that of
+        the wall.
+    """
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 @contextmanager

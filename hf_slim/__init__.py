@@ -3,6 +3,7 @@
 from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
 from .compaction import model_slim
 from .hooks import install_hooks
+from .one_shot import slim
 from .saving import SlimReport, save_slimmed
 from .structures import (
     Discovery,
@@ -36,6 +37,7 @@ __all__ = [
     "parse_auto_slim_config",
     "register_layout",
     "save_slimmed",
+    "slim",
 ]
 
 install_hooks()

@@ -2,5 +2,5 @@
 
 from .latency import time_alternately, time_call, without_bars
 from .remote_code import portable
-from .report import SlimReport, count_bytes, count_parameters, measure_latency, render_table
+from .report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency, render_table
 from .save import save_slimmed

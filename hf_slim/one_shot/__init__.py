@@ -1,3 +1,3 @@
 """Slimming without training: what layers read of a few samples says which units go and what the others take over."""
 
-from .slim import slim
+from .slimming import slim

@@ -73,6 +73,7 @@ def make_batches(
         found = sum(map(_count_rows, batches))
     else:
         rows = [_check_row(row) for row in islice(iter(dataset), num_samples)]
+        columns = list(rows[0]) if rows else []
         found = len(rows)
     if found < num_samples:
         raise ValueError(
@@ -83,18 +84,14 @@ def make_batches(
         )
     if not isinstance(dataset, DataLoader):
         rows = [_cut_row(model, row, max_seq_length) for row in rows]
-        _check_columns(model, rows[0], _columns_of(dataset))
+        _check_columns(model, rows[0], columns)
         collate = default_data_collator if data_collator is None else data_collator
         batches = [_collate(collate, rows[start : start + batch_size]) for start in range(0, found, batch_size)]
         sample = _collate(collate, rows[:1])
-    left_out = () if with_labels else {*_LABELS, *find_labels(type(model))}
-    batches, sample = [_drop(batch, left_out) for batch in batches], _drop(sample, left_out)
+    left_out = () if with_labels else (*_LABELS, *find_labels(type(model)))
+    batches, sample = [_drop(model, batch, left_out) for batch in batches], _drop(model, sample, left_out)
     _check_columns(model, sample, None)
     return Calibration(batches, sample)
-
-
-def _columns_of(dataset: Any) -> list[str] | None:
-    return getattr(dataset, "column_names", None)
 
 
 def _check_row(row: Any) -> dict[str, Any]:
@@ -105,23 +102,32 @@ def _check_row(row: Any) -> dict[str, Any]:
 
 def _check_columns(model: nn.Module, row: Mapping[str, Any], columns: Any) -> None:
     """Refuse data without the model's main input."""
-    taken = list(inspect.signature(model.forward).parameters)
-    main = getattr(model, "main_input_name", taken[0] if taken else "")
-    others = {"input_ids", "inputs_embeds"} if main in ("input_ids", "inputs_embeds") else {main}
-    if others.isdisjoint(row):
+    taken = _find_taken(model)
+    main = getattr(model, "main_input_name", None)
+    if main is None or taken is None:
+        return
+    if {main, "inputs_embeds"}.isdisjoint(row):
         raise ValueError(
             f"The data set has no column {main!r}, which {type(model).__name__} needs; it has "
             f"{', '.join(columns or row) or 'none that the model takes'}, and the model takes {', '.join(taken)}. "
-            "Tokenize the data set first."
+            "Tokenize the data set, or make features of it, first."
         )
+
+
+def _find_taken(model: nn.Module) -> list[str] | None:
+    """The names that the forward pass takes; None if it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [name for name, parameter in parameters.items() if parameter.kind != parameter.VAR_KEYWORD]
+    return None if takes_any and getattr(model, "main_input_name", None) not in names else names
 
 
 def _cut_row(model: nn.Module, row: dict[str, Any], max_seq_length: int | None) -> dict[str, Any]:
     """The columns that the model takes, and labels, sequences no longer than asked."""
-    names = {*inspect.signature(model.forward).parameters, *_LABELS}
-    taken = {name: value for name, value in row.items() if name in names}
+    names = _find_taken(model)
+    taken = {name: value for name, value in row.items() if names is None or name in (*names, *_LABELS)}
     if max_seq_length is None or "input_ids" not in taken:
-        return taken or row
+        return taken
     return {name: value[:max_seq_length] if _is_sequence(value) else value for name, value in taken.items()}
 
 
@@ -161,5 +167,10 @@ def _count_rows(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor)), 0)
 
 
-def _drop(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in set(names)}
+def _drop(model: nn.Module, batch: Mapping[str, Any], left_out: Iterable[str]) -> dict[str, Any]:
+    names, left_out = _find_taken(model), set(left_out)
+    return {
+        name: value
+        for name, value in batch.items()
+        if name not in left_out and (names is None or name in (*names, *_LABELS))
+    }

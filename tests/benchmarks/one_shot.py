@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_slim import SlimConfig, slim
 from hf_slim.saving import count_bytes, count_parameters
 
-LENGTH, BATCH, STEPS, RATE = 128, 16, 600, 2e-3
+LENGTH, BATCH, STEPS, RATE = 128, 8, 500, 2e-3
 SMALL = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
 METHODS = ("obs", "flap", "taylor", "magnitude")
 

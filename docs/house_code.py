@@ -13,7 +13,17 @@ from typing import NamedTuple
 
 PACKAGE = "hf_slim"
 LAYERS = (
-    *("modeling_hf_slim", "arguments", "structures", "parallel", "proof", "compaction", "training", "saving", "one_shot"),
+    *(
+        "modeling_hf_slim",
+        "arguments",
+        "structures",
+        "parallel",
+        "proof",
+        "compaction",
+        "training",
+        "saving",
+        "one_shot",
+    ),
     *("bench", "cli", "hooks", PACKAGE),
 )
 """The rooms in their order: each may import from those before it."""

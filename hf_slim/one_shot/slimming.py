@@ -38,19 +38,19 @@ def slim(
 
     By the default method, optimal brain surgery, the layers are slimmed one after the other, from the first to the
     last: what the layer behind the units reads (FFN2, output projection) says which units cost least, and the weights
-    that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The next
-    layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept on disk
-    meanwhile; if anything is raised, it is as it was, bit for bit. The slim model computes what the model with zeros in
-    place of its units does, which is compared on a sample.
+    that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
+    next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
+    on disk meanwhile; if anything is raised, it is as it was, bit for bit. The slim model computes what the model
+    with zeros in place of its units does, which is compared on a sample.
 
-    The result is as good a start for training as any: train it, or save it by `save_pretrained`.
+    Save the result by `save_pretrained`, or train it first.
 
     Args:
         model: The model; changed in place, its config, too.
         dataset: Calibration data as the model takes them: a data set or an iterable of dicts, or a `DataLoader`. The
             first samples are taken. Columns that the forward pass does not take are left out, and so are labels, but
-            for `method="taylor"` and for models with an encoder and a decoder. Padding, by the attention mask, does not
-            count.
+            for `method="taylor"` and for models with an encoder and a decoder. Padding, by the attention mask, does
+            not count.
         config: How much to remove, of what; the fields about schedule, criterion and live compaction say nothing here.
             With `slim_scope="global"` a first pass ranks the units of all layers together; `local` spares it.
         num_calibration_samples: How many samples to take.

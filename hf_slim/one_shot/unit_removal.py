@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -118,12 +119,40 @@ def drop_units(
     """
     readers = (*(weights or ()), *(means or ()))
     kept.keep([*(m.tensor for m in structure.members), *(reader.bias for reader in readers if reader.bias)])
-    for reader, weight in (weights or {}).items():
-        view, bias = reader.view_weight(model), reader.view_bias(model)
-        if bias is not None and means is not None:
-            bias.add_((view.float() - weight) @ means[reader])
-        view.copy_(weight)
+    _write(model, weights or {}, means or {})
     zero_units(model, [structure], {structure.name: mask})
     for member in structure.members:
         if member.role == "norm":
             get_tensor(model, member.tensor).mul_((int(mask.sum()) / structure.units) ** 0.5)
+
+
+@contextmanager
+def trying(model: nn.Module, weights: Weights, means: Mapping[Reader, torch.Tensor]) -> Iterator[None]:
+    """Give the layers that read a structure new weights, and afterwards the old ones.
+
+    Args:
+        model: The model.
+        weights: New weights of the layers.
+        means: The means of what they read.
+
+    Yields:
+        Nothing.
+    """
+    views = [view for reader in weights for view in (reader.view_weight(model), reader.view_bias(model))]
+    before = [(view, view.clone()) for view in views if view is not None]
+    try:
+        _write(model, weights, means)
+        yield
+    finally:
+        for view, values in before:
+            view.copy_(values)
+
+
+@torch.no_grad()
+def _write(model: nn.Module, weights: Weights, means: Mapping[Reader, torch.Tensor]) -> None:
+    """New weights, and what is lost of the means of the outputs into the biases."""
+    for reader, weight in weights.items():
+        view, bias = reader.view_weight(model), reader.view_bias(model)
+        if bias is not None and reader in means:
+            bias.add_((view.float() - weight) @ means[reader])
+        view.copy_(weight)

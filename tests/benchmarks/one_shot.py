@@ -1,13 +1,13 @@
 """One-shot slimming: the loss that each method adds without training, and what slimming a large model takes.
 
     python tests/benchmarks/one_shot.py quality --data DATA
-    python tests/benchmarks/one_shot.py quality --data DATA --models gpt2 --seeds 1 2 3 --sparsities 0.3,0.3 --cache DIR
+    python tests/benchmarks/one_shot.py quality --data DATA --models gpt2 --seeds 1 2 --sparsities 0.3,0.3 --cache DIR
     python tests/benchmarks/one_shot.py memory --layers 22 --samples 128 --length 512
 
 DATA is a folder with `tinyshakespeare/input.txt`. `quality` trains small language models on its bytes and slims copies
-of each; it prints the loss on held-out text that every method adds. `memory` slims a Llama of the shape of one with 1.1
-billion parameters and random weights, and prints the time and the peak of resident memory over what there was before
-the model was made, as a fraction of its weights (Linux, on the CPU).
+of each; it prints the loss on held-out text that every method adds. `memory` slims a Llama of the shape of one with
+1.1 billion parameters and random weights, and prints the time and the peak of resident memory over what there was
+before the model was made, as a fraction of its weights (Linux, on the CPU).
 """
 
 import argparse

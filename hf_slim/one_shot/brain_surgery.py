@@ -53,7 +53,7 @@ def rank_units(readings: Sequence[Reading], drop: int, *, one_by_one: bool) -> t
         The units in the order in which they go, int64 of shape `[drop]`, and what each adds to the loss, float64.
     """
     weights = [reading.weight.clone() for reading in readings]
-    inverses = [torch.cholesky_inverse(_factor(reading.moment)) for reading in readings]
+    inverses = [_invert(reading.moment) for reading in readings]
     units = len(readings[0].index)
     alive = torch.ones(units, dtype=torch.bool, device=readings[0].index.device)
     gone: list[torch.Tensor] = []
@@ -98,6 +98,12 @@ def solve_kept(reading: Reading, dropped: torch.Tensor) -> torch.Tensor:
     weight[:, gone] = 0
     weight[:, keep] += update.t()
     return weight
+
+
+def _invert(moment: torch.Tensor) -> torch.Tensor:
+    """The inverse, in the memory of the Cholesky factor."""
+    factor = _factor(moment)
+    return torch.cholesky_inverse(factor, out=factor)
 
 
 def _factor(moment: torch.Tensor) -> torch.Tensor:

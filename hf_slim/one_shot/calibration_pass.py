@@ -115,7 +115,9 @@ def collect_squares(model: nn.Module, structures: Sequence[Structure], data: Cal
         sent = send_to_device(dict(batch), device)
         with Watch(model, found, lambda reader, values: found[reader].add(take_rows(values, reader, sent))):  # noqa: B023
             model(**sent)
-    result = {structure: {reader: found[reader] for reader in own} for structure, own in readers.items()}
+    result: dict[Structure, Found] = {}
+    for structure, own in readers.items():
+        result[structure] = {reader: found[reader] for reader in own}
     for structure, part in result.items():
         _require_reached(structure, part)
     return result

@@ -53,6 +53,7 @@ class Moments:
             Shape `[inputs, inputs]`, or `[inputs]` where only squares are kept.
         """
         products = self._products.div_(max(1, self.rows))
+        self._products = products.new_zeros(0)
         if centred:
             mean = self.mean
             if products.dim() == 2:

@@ -35,13 +35,19 @@ class OutputError:
         """The squared error of each output relative to its squares, summed over the outputs."""
         total = 0.0
         for name, now in self._run().items():
-            before = self._outputs[name]
-            finite = before.isfinite() & now.isfinite()  # what masks are filled with is no result
-            scale = float(before[finite].float().square().sum())
-            total += float((now - before)[finite].float().square().sum()) / scale if scale else 0.0
+            squares = [_compare(*rows) for rows in zip(self._outputs[name].unbind(), now.unbind(), strict=True)]
+            error, scale = (sum(part) for part in zip(*squares, strict=True))
+            total += error / scale if scale else 0.0
         return total
 
     @torch.no_grad()
     def _run(self) -> dict[str, torch.Tensor]:
         found = dict(find_tensors(self._model(**self._batch), ""))
-        return {name: value for name, value in found.items() if "loss" not in name}
+        return {name: value for name, value in found.items() if value.dim()}  # but for a loss
+
+
+def _compare(before: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
+    """The squared error and the squares, without what masks are filled with, which is no result."""
+    finite = before.isfinite() & now.isfinite()
+    error = torch.where(finite, now - before, 0).float().square().sum()
+    return float(error), float(torch.where(finite, before, 0).float().square().sum())

@@ -49,7 +49,8 @@ class Reader:
         dim = self.member.dim
         if self.expert is not None:
             weight, dim = weight[self.expert], dim - 1
-        weight = weight[(..., *[0] * (weight.dim() - 2))]  # a convolution of width 1
+        while weight.dim() > 2:  # a convolution of width 1
+            weight = weight[..., 0]
         return weight if dim == 1 else weight.t()
 
     def view_bias(self, model: nn.Module) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArgume
 from .compaction import model_slim
 from .distillation import SlimTrainer, SlimTrainerMixin
 from .hooks import install_hooks
+from .one_shot import slim
 from .saving import SlimReport, save_slimmed
 from .structures import (
     Discovery,
@@ -40,6 +41,7 @@ __all__ = [
     "parse_auto_slim_config",
     "register_layout",
     "save_slimmed",
+    "slim",
 ]
 
 install_hooks()

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from ..arguments import SlimTrainingArguments
+from ..arguments import SlimConfig, SlimTrainingArguments
 from .data import DataArguments
 from .demo import demo_flags, write_demo
+from .prune import PruneArguments, prune
 from .run import ModelArguments, run
 
 _Flags = tuple[ModelArguments, DataArguments, SlimTrainingArguments]
@@ -23,7 +24,7 @@ def run_command(command: str, flags: list[str]) -> int:
     """Run a subcommand, and print what it gives.
 
     Args:
-        command: `demo`, `run` or `bench`.
+        command: `demo`, `run`, `prune` or `bench`.
         flags: The arguments after it.
 
     Returns:
@@ -40,6 +41,9 @@ def run_command(command: str, flags: list[str]) -> int:
             package = str(error.name).partition(".")[0]
             raise SystemExit(f'hf-slim bench needs {package}: pip install "hf-slim[bench]"') from error
         print(f"\n{run_bench(*_parse(flags, 'hf-slim bench', BenchArguments))}")
+        return 0
+    if command == "prune":
+        print(f"\n{prune(*_parse(flags, 'hf-slim prune', PruneArguments, DataArguments, SlimConfig))}")
         return 0
     parsed = _parse_demo(flags) if command == "demo" else _parse_run(flags, "hf-slim run")
     _set_up_logging(parsed[2])

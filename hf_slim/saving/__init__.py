@@ -1,5 +1,5 @@
 """What `save_slimmed` leaves: a folder written whole or not at all, its card, the report, the upload."""
 
 from .remote_code import portable
-from .report import SlimReport, count_bytes, count_parameters, measure_latency, render_table
+from .report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency, render_table
 from .save import save_slimmed

@@ -10,6 +10,7 @@ from .checkpoints import choose_checkpoint, find_whole_checkpoint, restore_shape
 from .damaged_weight_files import find_damaged_weights
 from .importance import score_structures
 from .model_shape import ModelShape, find_shape
+from .plan import Plan, make_plan
 from .schedule import Schedule
 from .slimmer import Slimmer, find_slimmer
 from .trainer_session import attending

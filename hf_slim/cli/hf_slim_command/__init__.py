@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="demo   generated sentence pairs and a small BERT: no files and no network needed\n"
         "run    your model and data: flags, or one .json file of them\n"
+        "prune  your trained model in one shot, without training, calibrated on your data\n"
         "bench  times, FLOPs and peak memory of dense and slim models, as tables and a plot\n\n"
-        "hf-slim run --help and hf-slim bench --help list the flags. demo takes those of run and has a default for "
-        "what it needs.",
+        "hf-slim run --help, and so on, list the flags. demo takes those of run and has a default for what it needs.",
     )
-    parser.add_argument("command", choices=["demo", "run", "bench"])
+    parser.add_argument("command", choices=["demo", "run", "prune", "bench"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     chosen = parser.parse_args(argv)
     from hf_slim.cli.subcommands import run_command

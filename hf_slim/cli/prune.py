@@ -1,0 +1,91 @@
+"""`hf-slim prune`: slim a model in one shot, calibrated on a file, and save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from ..arguments import SlimConfig
+from ..one_shot import MethodName, slim
+from ..saving import SlimReport
+from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .tokenizer import load_tokenizer
+
+
+@dataclass
+class PruneArguments:
+    """Which model is slimmed in one shot, how, and where it goes."""
+
+    model_name_or_path: str = field(metadata={"help": "Trained model to slim: a Hub name, or a folder with weights."})
+    output_dir: str = field(metadata={"help": "Folder for the slim model and its tokenizer."})
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer: a Hub name, a folder, or a WordPiece vocabulary (.txt). Default: the model's."},
+    )
+    method: MethodName = field(
+        default="obs",
+        metadata={"help": "What decides which units go; only obs changes the weights that stay to make up for them."},
+    )
+    num_calibration_samples: int = field(
+        default=512, metadata={"help": "Rows of the training file (for causal-lm sequences) to calibrate on."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Samples of a forward pass."})
+    seed: int = field(default=42, metadata={"help": "Decides which rows are taken."})
+
+
+def prune(arguments: PruneArguments, data_arguments: DataArguments, config: SlimConfig) -> SlimReport:
+    """Slim a trained model in one shot and save it with its tokenizer.
+
+    Args:
+        arguments: The model, the method and the folder.
+        data_arguments: What to calibrate on.
+        config: How much to remove.
+
+    Returns:
+        The sizes before and after.
+
+    Raises:
+        ValueError: If an argument, a file or a column is missing or does not fit; nothing is written then.
+    """
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder.")
+    rows = load_text_data(data_arguments, seed=arguments.seed)
+    tokenizer = _load_tokenizer(arguments)
+    is_language_model = rows.task == "causal-lm"
+    kind = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
+    model = kind.from_pretrained(arguments.model_name_or_path)
+    report = slim(
+        model,
+        _tokenize(rows, tokenizer, data_arguments.max_seq_length).shuffle(seed=arguments.seed),
+        config,
+        num_calibration_samples=arguments.num_calibration_samples,
+        batch_size=arguments.batch_size,
+        data_collator=default_data_collator if is_language_model else DataCollatorWithPadding(tokenizer),
+        method=arguments.method,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return report
+
+
+def _load_tokenizer(arguments: PruneArguments) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tokenize(rows: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    if rows.task == "causal-lm":
+        return tokenize_chunks(rows.train, tokenizer, max_seq_length, documents=rows.documents)
+    return tokenize_pairs(rows.train, tokenizer, max_seq_length)

@@ -1,0 +1,102 @@
+"""The moments of what layers read, over calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .reading_layers import Reader
+
+IGNORED = -100
+"""Label of positions that do not count."""
+
+
+class Moments:
+    """First and second moments of the inputs of a layer, in float32.
+
+    Args:
+        inputs: How many inputs it has.
+        device: Where to keep them.
+        whole: Whether to keep products of all pairs of inputs, or only the squares.
+    """
+
+    def __init__(self, inputs: int, device: torch.device, *, whole: bool) -> None:
+        """See the class."""
+        self.rows = 0
+        self._sum = torch.zeros(inputs, device=device)
+        self._products = torch.zeros((inputs, inputs) if whole else (inputs,), device=device)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add inputs, shape `[rows, inputs]`."""
+        rows = rows.float()
+        self.rows += len(rows)
+        self._sum += rows.sum(0)
+        if self._products.dim() == 2:
+            self._products.addmm_(rows.t(), rows)
+        else:
+            self._products += rows.square().sum(0)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean, shape `[inputs]`."""
+        return self._sum / max(1, self.rows)
+
+    def take(self, *, centred: bool) -> torch.Tensor:
+        """The second moment, once: its memory is that of the sums.
+
+        Args:
+            centred: Whether about the mean (the covariance) instead of about zero.
+
+        Returns:
+            Shape `[inputs, inputs]`, or `[inputs]` where only squares are kept.
+        """
+        products = self._products.div_(max(1, self.rows))
+        self._products = products.new_zeros(0)
+        if centred:
+            mean = self.mean
+            if products.dim() == 2:
+                products.addr_(mean, mean, alpha=-1)
+            else:
+                products.sub_(mean.square()).clamp_(min=0)
+        return products
+
+
+def take_rows(values: torch.Tensor, reader: Reader, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The inputs of a layer at the positions that count, without padding.
+
+    Args:
+        values: What the layer reads, `[..., inputs]`.
+        reader: The layer.
+        batch: What the model was given.
+
+    Returns:
+        Shape `[rows, inputs]`. Where the positions are not those of the batch (experts, that read the tokens routed to
+        them, image patches), all of them.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    mask = _find_mask(reader, batch)
+    rows = values.reshape(-1, values.shape[-1])
+    if mask is not None and (values.shape[:-1] == mask.shape or (values.dim() == 2 and len(values) == mask.numel())):
+        rows = rows[mask.to(rows.device).flatten()]
+    if not rows.isfinite().all():
+        raise ValueError(
+            f"{reader.name} reads NaN or infinite activations, so that nothing can be told of its inputs: look at "
+            "the model and at the data, in which type it computes, and whether a batch has rows without any token."
+        )
+    return rows
+
+
+def _find_mask(reader: Reader, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """The positions that count, shape `[samples, positions]`: in a decoder with an encoder those of the decoder."""
+    labels, decodes = batch.get("labels"), "decoder_input_ids" in batch or "labels" in batch
+    if decodes and "decoder" in reader.member.tensor.split("."):
+        mask = batch.get("decoder_attention_mask")
+        if mask is None and labels is not None and labels.dim() == 2:
+            mask = labels != IGNORED
+    else:
+        mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None

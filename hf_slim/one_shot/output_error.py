@@ -1,0 +1,53 @@
+"""How much a change of weights changes what a model gives, so that layers can be ranked together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..proof import find_tensors
+
+_TOKENS = 1024
+"""So many tokens are enough to see how a layer's error shows in the outputs."""
+
+
+class OutputError:
+    """Compares what a model gives now with what it gave at first.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: A batch on its device; so many samples of it are run that there are about a thousand tokens.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """See the class."""
+        ids = batch.get("input_ids")
+        rows = max(1, _TOKENS // ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+        cut = {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        self._model, self._batch = model, cut
+        self._outputs = self._run()
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The squared error of each output relative to its squares, summed over the outputs."""
+        total = 0.0
+        for name, now in self._run().items():
+            squares = [_compare(*rows) for rows in zip(self._outputs[name].unbind(), now.unbind(), strict=True)]
+            error, scale = (sum(part) for part in zip(*squares, strict=True))
+            total += error / scale if scale else 0.0
+        return total
+
+    @torch.no_grad()
+    def _run(self) -> dict[str, torch.Tensor]:
+        found = dict(find_tensors(self._model(**self._batch), ""))
+        return {name: value for name, value in found.items() if value.dim()}  # but for a loss
+
+
+def _compare(before: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
+    """The squared error and the squares, without what masks are filled with, which is no result."""
+    finite = before.isfinite() & now.isfinite()
+    error = torch.where(finite, now - before, 0).float().square().sum()
+    return float(error), float(torch.where(finite, before, 0).float().square().sum())

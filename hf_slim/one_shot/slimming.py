@@ -1,0 +1,138 @@
+"""slim: make a model smaller in one shot, without training, from a few hundred samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers.utils import logging
+
+from ..arguments import SlimConfig
+from ..compaction import find_pretrained, find_proof, name_unproven, remove_units, zero_units
+from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
+from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
+from ..structures import REMEDY, Structure, count_left, find_structures, has_adapters, require_structures
+from ..training import Plan, make_plan
+from .calibration_batches import Calibration, make_batches
+from .kept_weights import KeptWeights
+from .methods import METHODS, Masks, MethodName
+
+logger = logging.get_logger(__name__)
+
+
+def slim(
+    model: nn.Module,
+    dataset: Any,
+    config: SlimConfig,
+    *,
+    num_calibration_samples: int = 512,
+    max_seq_length: int | None = None,
+    batch_size: int = 8,
+    data_collator: Any = None,
+    method: MethodName = "obs",
+) -> SlimReport:
+    """Remove units of a model in one shot, without training, by what its layers read of a few hundred samples.
+
+    By the default method, optimal brain surgery, the layers are slimmed one after the other, from the first to the
+    last: what the layer behind the units reads (FFN2, output projection) says which units cost least, and the weights
+    that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
+    next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
+    on disk meanwhile; if anything is raised, it is as it was, bit for bit. The slim model computes what the model
+    with zeros in place of its units does, which is compared on a sample.
+
+    Save the result by `save_pretrained`, or train it first.
+
+    Args:
+        model: The model; changed in place, its config, too.
+        dataset: Calibration data as the model takes them: a data set or an iterable of dicts, or a `DataLoader`. The
+            first samples are taken. Columns that the forward pass does not take are left out, and so are labels, but
+            for `method="taylor"` and for models with an encoder and a decoder. Padding, by the attention mask, does
+            not count.
+        config: How much to remove, of what; the fields about schedule, criterion and live compaction say nothing here.
+            With `slim_scope="global"` a first pass ranks the units of all layers together; `local` spares it.
+        num_calibration_samples: How many samples to take.
+        max_seq_length: Longer token sequences are cut; None if they are not to be.
+        batch_size: Samples of a forward pass.
+        data_collator: Makes a batch of samples; None for the default one of transformers, which does not pad.
+        method: `obs`; `flap`, which goes by how inputs vary and changes biases only; `taylor`, the first-order term of
+            the loss, which needs labels and gradients; `magnitude`, which goes by weights only. The last three leave
+            the weights that stay as they are.
+
+    Returns:
+        Parameters, bytes and the size of every structure before and after; prints as a table.
+
+    Raises:
+        ValueError: If an argument or the data do not fit, the model cannot be slimmed so far or at all, or its
+            activations are not finite; the message says where.
+        VerificationError: If the model computes something else without its zero units.
+    """
+    if method not in get_args(MethodName):
+        raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}.")
+    plan = _make_plan(_check_model(model), config)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    data = make_batches(
+        model,
+        dataset,
+        num_samples=num_calibration_samples,
+        max_seq_length=max_seq_length,
+        batch_size=batch_size,
+        data_collator=data_collator,
+        with_labels=method == "taylor" or _has_decoder(model),
+    )
+    structures = require_structures(model, find_structures(model))
+    before = count_parameters(model), count_bytes(model)
+    with KeptWeights(model) as kept:
+        masks = METHODS[method](model, plan, data, kept)
+        unproven = _remove(model, structures, masks, data)
+    sizes = tuple(StructureSize(s.name, s.kind, s.units, count_left(model, s)) for s in structures)
+    return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven)
+
+
+def _check_model(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"slim takes a model (a torch.nn.Module), got {type(model).__name__}.")
+    if has_adapters(model):
+        raise ValueError(f"slim cannot slim a {type(model).__name__} with adapters. {REMEDY}")
+    refuse_strategy(model)
+    if is_spread(model) or is_dispatched(model):
+        raise ValueError("slim needs the whole model on one device: load it without a device_map, or gather it first.")
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _make_plan(model: nn.Module, config: Any) -> Plan:
+    config = config if isinstance(config, SlimConfig) else SlimConfig.from_arguments(config)
+    if config.slim_teacher is not None:
+        raise ValueError(
+            f"slim_teacher={config.slim_teacher!r}: in one shot there is no training that could learn from a teacher. "
+            "Leave it out here, and give it to the training that follows."
+        )
+    now = {
+        name: SlimConfig.__dataclass_fields__[name].default for name in ("slim_start", "slim_end", "slim_frequency")
+    }
+    plan = make_plan(model, replace(config, slim_schedule="oneshot", **now), 1, found=find_structures(model))
+    if not plan.targets:
+        raise ValueError("Nothing is to be removed: give ffn2_sparsity or mha_sparsity in the SlimConfig.")
+    check_values(model, (member.tensor for s in plan.structures for member in s.members))
+    return plan
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether labels make the inputs of a decoder behind an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+@torch.no_grad()
+def _remove(model: nn.Module, structures: tuple[Structure, ...], masks: Masks, data: Calibration) -> tuple[str, ...]:
+    """Remove the units that are zero now, and compare with the model that has zeros, on a sample."""
+    whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures} | masks
+    zero_units(model, structures, whole)  # buffers, which a forward pass is not to change, are as before
+    parts = find_pretrained(model)
+    own = not parts or parts[0] is model
+    proof = find_proof(model, data.sample if own else True)
+    unproven = remove_units(model, structures, whole, proof)
+    if unproven:
+        logger.warning(f"slim: {name_unproven(unproven)}")
+    return unproven

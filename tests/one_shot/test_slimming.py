@@ -1,0 +1,459 @@
+"""One-shot slimming: what is computed, what is refused, and that nothing is left behind."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, build, logits, make_batch
+from datasets import Dataset, IterableDataset
+from tiny import build_tiny
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+from hf_slim import SlimConfig, save_slimmed, slim
+from hf_slim.cli.tokenizer import make_byte_tokenizer
+from hf_slim.one_shot import methods
+from hf_slim.one_shot.brain_surgery import DAMPING
+from hf_slim.proof import VerificationError, make_inputs
+
+HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
+METHODS = ("obs", "flap", "taylor", "magnitude")
+
+
+def make_rows(model: PreTrainedModel, samples: int = 24) -> list[dict[str, torch.Tensor]]:
+    """Random samples with labels, of one length."""
+    batches = [make_batch(model, seed) for seed in range((samples + 1) // 2)]
+    rows = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(2)]
+    return rows[:samples]
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    now = model.state_dict()
+    assert now.keys() == state.keys()
+    assert all(torch.equal(now[name], value) for name, value in state.items())
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_slim-pass"]
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_the_asked_sizes_come_out_and_are_saved(family: str, scope: str, method: str, tmp_path) -> None:
+    model = build(family)
+    rows = make_rows(model)
+    config = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope=scope)
+    report = slim(model, rows, config, num_calibration_samples=24, method=method)
+    for kind in ("ffn", "mha"):
+        sizes = [size for size in report.structures if size.kind == kind]
+        assert sum(size.after for size in sizes) == sum(size.before for size in sizes) // 2
+        assert scope == "global" or all(size.after == size.before // 2 for size in sizes)
+    assert report.unproven == ()
+    assert report.parameters_after == sum(p.numel() for p in model.parameters()) < report.parameters_before
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    batch = make_batch(model)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_slimmed_by_surgery(family: str) -> None:
+    model = build(family)
+    report = slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert all(size.after == size.before // 2 for size in report.structures)
+    assert report.unproven == ()
+
+
+@pytest.mark.parametrize("model_type", ["albert", "t5", "mixtral", "gpt_oss", "gpt_neox", "swin", "vit", "olmo2"])
+def test_shared_layers_experts_towers_and_norms_over_heads(model_type: str) -> None:
+    model = build_tiny(model_type)
+    batch = {name: value for name, value in make_inputs(model).items() if isinstance(value, torch.Tensor)}
+    rows = len(next(iter(batch.values())))
+    loader = DataLoader([batch] * 3, batch_size=None)
+    config = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=1)
+    report = slim(model, loader, config, num_calibration_samples=3 * rows)
+    assert report.parameters_after < report.parameters_before and report.unproven == ()
+
+
+def find_kept(dense: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Which rows of a weight are left."""
+    kept = (dense[:, None] == left[None]).all(-1).any(-1)
+    assert int(kept.sum()) == len(left)
+    return kept
+
+
+def solve(inputs: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor, *, intercept: bool) -> torch.Tensor:
+    """The best weights for the inputs that are kept, by least squares; with an intercept about the means."""
+    inputs, weight = inputs.double(), weight.double()
+    if intercept:
+        inputs = inputs - inputs.mean(0)
+    inputs = inputs / len(inputs) ** 0.5
+    damping = (DAMPING * inputs.square().sum(0).mean()).sqrt() * torch.eye(inputs.shape[1]).double()
+    rows = torch.cat([inputs, damping])
+    return torch.linalg.lstsq(rows[:, keep], rows @ weight.t()).solution.t()
+
+
+def see_inputs(model: PreTrainedModel, layer: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=row["input_ids"][None])
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_each_layer_is_solved_by_least_squares_on_what_the_slimmed_layers_before_it_give() -> None:
+    model = build("llama")
+    dense, rows = copy.deepcopy(model), make_rows(model)
+    slim(model, rows, HALF, num_calibration_samples=24, batch_size=5)
+    for number in range(2):
+        kept = find_kept(dense.model.layers[number].mlp.up_proj.weight, model.model.layers[number].mlp.up_proj.weight)
+        before = copy.deepcopy(model)  # slim up to this structure, dense from there on
+        before.model.layers[number].mlp = dense.model.layers[number].mlp
+        inputs = see_inputs(before, dense.model.layers[number].mlp.down_proj, rows)
+        expected = solve(inputs, dense.model.layers[number].mlp.down_proj.weight, kept, intercept=False)
+        left = model.model.layers[number].mlp.down_proj.weight
+        torch.testing.assert_close(left, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_with_a_bias_the_weights_are_solved_about_the_mean_and_the_bias_takes_over_what_is_lost_of_it() -> None:
+    model = build("gpt2")
+    dense, rows = copy.deepcopy(model), make_rows(model)
+    slim(model, rows, HALF, num_calibration_samples=24)
+    block, old = model.transformer.h[1].mlp, dense.transformer.h[1].mlp
+    kept = find_kept(old.c_fc.weight.t(), block.c_fc.weight.t())
+    before = copy.deepcopy(model)
+    before.transformer.h[1].mlp = old
+    inputs = see_inputs(before, old.c_proj, rows)
+    expected = solve(inputs, old.c_proj.weight.t(), kept, intercept=True)
+    torch.testing.assert_close(block.c_proj.weight.t(), expected.float(), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        error = old.c_proj(inputs) - block.c_proj(inputs[:, kept])
+    torch.testing.assert_close(error.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+
+
+def test_a_channel_that_repeats_another_is_given_up_without_loss() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight):
+                weight[32:] = weight[:32]
+    batch = make_batch(model)
+    expected = logits(model, batch)
+    slim(model, make_rows(model), replace(HALF, mha_sparsity=0.0), num_calibration_samples=24)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 32)
+    assert (logits(model, batch) - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
+def test_padding_does_not_count() -> None:
+    plain, padded = build("llama"), build("llama")
+    rows = make_rows(plain)
+    slim(plain, [{"input_ids": row["input_ids"][:5]} for row in rows], HALF, num_calibration_samples=24)
+    mask = torch.tensor([1] * 5 + [0] * 2)
+    with_mask = [{"input_ids": row["input_ids"], "attention_mask": mask} for row in rows]
+    slim(padded, with_mask, HALF, num_calibration_samples=24)
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(padded.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_model_in_half_precision_is_slimmed_and_stays_so() -> None:
+    model = build("gpt2").to(torch.bfloat16).requires_grad_(False).train()
+    rows = make_rows(model)
+    slim(model, rows, HALF, num_calibration_samples=24)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.training and model.config.use_cache
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_behind(method: str) -> None:
+    model = build("llama").train()
+    rows = make_rows(model)
+    model.lm_head.weight.grad = gradient = torch.ones_like(model.lm_head.weight)
+    config = copy.deepcopy(model.config)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    try:
+        slim(model, rows, HALF, num_calibration_samples=24, method=method)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training and all(module.training for module in model.modules())
+    assert model.lm_head.weight.grad is gradient
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config.use_cache == config.use_cache and torch.is_grad_enabled()
+
+
+def test_a_slim_model_trains_and_is_saved(tmp_path) -> None:
+    model = build("gpt2")
+    rows = make_rows(model)
+    slim(model, rows, HALF, num_calibration_samples=24)
+    arguments = TrainingArguments(
+        tmp_path / "out", max_steps=20, learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    save_slimmed(trainer, tmp_path / "slim")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    assert loaded.transformer.h[0].mlp.c_fc.weight.shape == (32, 32)
+    batch = make_batch(model)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_slimming_again_goes_on_from_what_is_there() -> None:
+    model = build("llama")
+    rows = make_rows(model)
+    slim(model, rows, HALF, num_calibration_samples=24)
+    report = slim(model, rows, HALF, num_calibration_samples=24)
+    assert [size.after for size in report.structures] == [1, 16] * 2
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def test_every_kind_of_data_gives_the_same() -> None:
+    rows = make_rows(build("gpt2"))
+    lists = [{name: value.tolist() for name, value in row.items()} for row in rows]
+    named = [{**row, "text": "not for the model"} for row in lists]
+    sources = {
+        "tensors": rows,
+        "lists": lists,
+        "named": named,
+        "dataset": Dataset.from_list(named),
+        "iterable": IterableDataset.from_generator(lambda: iter(named)),
+        "loader": DataLoader(rows, batch_size=8, collate_fn=default_data_collator),
+    }
+    states = {}
+    for name, source in sources.items():
+        model = build("gpt2")
+        slim(model, source, HALF, num_calibration_samples=24)
+        states[name] = state_of(model)
+    for name in sources:
+        assert states[name].keys() == states["tensors"].keys()
+        for key, value in states["tensors"].items():
+            torch.testing.assert_close(states[name][key], value, msg=f"{name}: {key}")
+
+
+def test_only_the_first_samples_are_taken_cut_and_collated() -> None:
+    seen: list[tuple[int, ...]] = []
+    model = build("gpt2")
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    tokenizer = make_byte_tokenizer()
+    rows = [{"input_ids": [5] * (3 + number)} for number in range(20)]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    slim(model, rows, HALF, num_calibration_samples=10, max_seq_length=6, batch_size=4, data_collator=collator)
+    assert set(seen) == {(1, 3), (4, 6), (2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "The data set is empty"),
+        ([{"text": "hello"}] * 24, "no column 'input_ids', which GPT2LMHeadModel needs; it has text"),
+        ([[1, 2]] * 24, "must be a dict of the model's inputs, got list"),
+        ([{"input_ids": [1] * n} for n in range(1, 25)], "pass a data_collator that pads them"),
+        ("train", "dataset must be a data set, a list of dicts or a DataLoader, got str"),
+        ({"train": []}, r"pass one of them, such as dataset\['train'\]"),
+        ([{"input_ids": [1]}] * 23, "has 23 samples, and num_calibration_samples=24 asks for more"),
+        ([{"input_ids": [1000]}] * 24, "GPT2LMHeadModel cannot run on a sample of the data set"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(data, message: str) -> None:
+    model = build("gpt2")
+    state = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        slim(model, data, HALF, num_calibration_samples=24)
+    assert_same(model, state)
+
+
+def test_the_surgery_needs_no_labels_and_taylor_does() -> None:
+    rows = [{"input_ids": row["input_ids"]} for row in make_rows(build("gpt2"))]
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="method='taylor' needs the loss of the model.*add labels"):
+        slim(model, rows, HALF, num_calibration_samples=24, method="taylor")
+    slim(model, rows, HALF, num_calibration_samples=24)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"method": "wanda"}, "method must be one of obs, magnitude, taylor, flap, got 'wanda'"),
+        ({"num_calibration_samples": 0}, "num_calibration_samples must be a whole number from 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number from 1, got 2.5"),
+        ({"max_seq_length": -1}, "max_seq_length must be a whole number from 1, got -1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(keywords: dict, message: str) -> None:
+    model = build("gpt2")
+    with pytest.raises(ValueError, match=message):
+        slim(model, make_rows(model), HALF, **{"num_calibration_samples": 24, **keywords})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SlimConfig(), "Nothing is to be removed: give ffn2_sparsity or mha_sparsity"),
+        (SlimConfig(ffn2_sparsity=0.5, slim_teacher="self"), "there is no training that could learn from a teacher"),
+        (SlimConfig(ffn2_sparsity=0.9, slim_scope="local"), "ffn2_sparsity=0.9 is unreachable"),
+        ({"ffn2_sparsity": 0.5}, "dict has no field"),
+    ],
+)
+def test_settings_that_cannot_be_carried_out_are_refused(config, message: str) -> None:
+    model = build("gpt2")
+    with pytest.raises(ValueError, match=message):
+        slim(model, make_rows(model), config, num_calibration_samples=24)
+
+
+def test_settings_about_the_schedule_say_nothing() -> None:
+    model = build("gpt2")
+    config = SlimConfig(ffn2_sparsity=0.5, slim_round_to=8, slim_start=100, slim_end=200, slim_schedule="exp")
+    report = slim(model, make_rows(model), config, num_calibration_samples=24)
+    assert sum(size.after for size in report.structures if size.kind == "ffn") == 64
+
+
+@pytest.mark.parametrize("method", ["obs", "flap"])
+def test_activations_that_are_not_finite_name_the_layer(method: str) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    state = state_of(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight reads NaN or infinite"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24, method=method)
+    assert all(torch.equal(now.nan_to_num(), state[name].nan_to_num()) for name, now in model.state_dict().items())
+
+
+def test_a_decoder_that_no_sample_reaches_is_refused_by_name() -> None:
+    model = build("t5")
+    rows = make_rows(model)
+    reached = type(model).forward
+
+    def forward(self, input_ids, labels=None):
+        return self.encoder(input_ids)
+
+    try:
+        type(model).forward = forward
+        with pytest.raises(ValueError, match=r"The calibration data do not reach decoder\."):
+            slim(model, rows, HALF, num_calibration_samples=24)
+    finally:
+        type(model).forward = reached
+
+
+class _Stop(BaseException):
+    """Something that nobody catches."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, _Stop, RuntimeError])
+@pytest.mark.parametrize("where", ["drop_units", "solve_weights", "make_readings"])
+def test_whatever_is_raised_the_model_is_as_it_was(where: str, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2").train()
+    state, config, original = state_of(model), model.config.to_dict(), getattr(methods, where)
+    parameters, calls = dict(model.named_parameters()), []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error("stopped")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(methods, where, fail)
+    with pytest.raises(error, match="stopped"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert_same(model, state)
+    assert model.config.to_dict() == config and model.training
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_within_a_forward_pass_is_raised_and_ends_all_passes(error: type) -> None:
+    model = build("gpt2")
+    state, calls = state_of(model), []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise error("in the model")
+
+    handle = model.transformer.h[1].ln_1.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="in the model"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    handle.remove()
+    assert_same(model, state)
+
+
+def test_a_slim_model_that_computes_something_else_is_refused_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    state = state_of(model)
+    monkeypatch.setattr("hf_slim.one_shot.slimming.zero_units", lambda *args: None)
+    monkeypatch.setattr("hf_slim.one_shot.unit_removal.zero_units", lambda *args: None)
+    with pytest.raises(VerificationError, match="The model is as it was"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24, method="magnitude")
+    assert_same(model, state)
+
+
+def test_what_cannot_be_slimmed_is_refused() -> None:
+    with pytest.raises(ValueError, match="slim takes a model"):
+        slim("gpt2", [], HALF)
+    with pytest.raises(ValueError, match="has no structure|has no feed-forward network"):
+        slim(torch.nn.Linear(3, 3), [], HALF)
+
+
+def test_the_progress_bar_follows_the_switch_of_transformers(capsys: pytest.CaptureFixture) -> None:
+    was_enabled = logging.is_progress_bar_enabled()
+    try:
+        for enabled in (True, False):
+            (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+            model = build("gpt2")
+            slim(model, make_rows(model), HALF, num_calibration_samples=24)
+            assert ("Slimming layers" in capsys.readouterr().err) == enabled
+    finally:
+        (logging.enable_progress_bar if was_enabled else logging.disable_progress_bar)()
+
+
+def test_what_passes_hold_is_small_and_they_make_few_runs() -> None:
+    """Two runs of each block a batch: up to a structure's layer for each, and one to go on."""
+    model = build("llama")
+    calls: dict[str, int] = {"block": 0, "embed": 0}
+    handles = [
+        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.update(block=calls["block"] + 1)),
+        model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.update(embed=calls["embed"] + 1)),
+    ]
+    slim(model, make_rows(model), HALF, num_calibration_samples=24, batch_size=8)
+    for handle in handles:
+        handle.remove()
+    proof = 2  # with zeros, and without the units
+    assert calls["embed"] == 3 + 1 + proof + 1  # the passes, the sample that shows the way, the proof
+    assert calls["block"] == 3 * 3 + 1 + proof + 1

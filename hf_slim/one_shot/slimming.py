@@ -88,7 +88,8 @@ def slim(
         masks = METHODS[method](model, plan, data, kept)
         unproven = _remove(model, structures, masks, data)
     sizes = tuple(StructureSize(s.name, s.kind, s.units, count_left(model, s)) for s in structures)
-    return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven)
+    budget = plan.budget.report({name: int(mask.sum()) for name, mask in masks.items()}) if plan.budget else None
+    return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
 
 
 def _check_model(model: Any) -> nn.Module:
@@ -114,7 +115,7 @@ def _make_plan(model: nn.Module, config: Any) -> Plan:
     }
     plan = make_plan(model, replace(config, slim_schedule="oneshot", **now), 1, found=find_structures(model))
     if not plan.targets:
-        raise ValueError("Nothing is to be removed: give ffn2_sparsity or mha_sparsity in the SlimConfig.")
+        raise ValueError("Nothing is to be removed: give ffn2_sparsity, mha_sparsity or a budget in the SlimConfig.")
     check_values(model, (member.tensor for s in plan.structures for member in s.members))
     return plan
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..arguments import BUDGET_CRITERION, Budget, CriterionName, SlimConfig
+from ..arguments import BUDGET_CRITERION, Budget, CriterionName, ScopeName, SlimConfig
 from ..costs import BudgetReport, Costs, Kept, find_costs
 from ..parallel import run_in_first_process
 from ..structures import Masks, Structure
@@ -45,6 +45,11 @@ class BudgetTarget:
     round_to: int
     min_heads: int
     criterion: CriterionName = BUDGET_CRITERION
+
+    @property
+    def scope(self) -> ScopeName:
+        """Layers are ranked together."""
+        return "global"
 
     @property
     def asked(self) -> float:

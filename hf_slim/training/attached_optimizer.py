@@ -213,7 +213,10 @@ def attach_optimizer(
             "SlimTrainer, or add the teacher's loss to yours and leave slim_teacher out."
         )
     if not slimmer.plan.targets:
-        warnings.warn("Slimmer has nothing to do: ffn2_sparsity and mha_sparsity are both 0.", stacklevel=4)
+        warnings.warn(
+            "Slimmer has nothing to do: ffn2_sparsity and mha_sparsity are both 0, and no budget is given.",
+            stacklevel=3,
+        )
     refuse_other_optimizer(model, slimmer.plan.structures, hooked)
     slimmer.settle(model, hooked, find_fixed_shapes(called) or find_fixed_shapes(model))
     attached = AttachedOptimizer(slimmer, called, model, hooked)

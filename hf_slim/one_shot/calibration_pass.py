@@ -21,6 +21,8 @@ from .paused_passes import Enough, PausedPass, paused
 from .reading_layers import Reader, Watch, find_readers
 from .stops import find_stops
 
+logger = logging.get_logger(__name__)
+
 Found = Mapping[Reader, Moments]
 """What the readers of a structure read."""
 
@@ -162,4 +164,10 @@ def _require_reached(structure: Structure, found: Found) -> None:
         raise ValueError(
             f"The calibration data do not reach {structure.name}: no product of its weight with an input was seen. "
             "Pass data that do, leave it out with slim_exclude, or use method='magnitude'."
+        )
+    left = [reader.name for reader, moments in found.items() if not moments.rows]
+    if left:
+        logger.warning(
+            f"slim: the calibration data do not reach {', '.join(left)}: the other experts decide what goes, and the "
+            "weights that stay there are as they were."
         )

@@ -10,6 +10,7 @@ import hf_slim
 ROOMS = {
     "arguments": ["SlimArgumentsMixin", "SlimConfig", "SlimSeq2SeqTrainingArguments", "SlimTrainingArguments"],
     "compaction": ["model_slim"],
+    "distillation": ["SlimTrainer", "SlimTrainerMixin"],
     "one_shot": ["slim"],
     "saving": ["SlimReport", "save_slimmed"],
     "structures": [

@@ -87,21 +87,21 @@ class SlimArgumentsMixin:
         default=None,
         metadata={
             "help": "Parameters that the slim model may have, in place of the sparsities: a fraction of the dense "
-            "model's (0.5 or '50%') or a number."
+            "model's, such as 0.5, or a number."
         },
     )
     slim_target_flops: float | str | None = field(
         default=None,
         metadata={
             "help": "Floating-point operations of a forward pass that the slim model may take, in place of the "
-            "sparsities: a fraction of the dense model's (0.5 or '50%') or a number."
+            "sparsities: a fraction of the dense model's, such as 0.5, or a number."
         },
     )
     slim_target_latency: float | str | None = field(
         default=None,
         metadata={
             "help": "Time that a forward pass of the slim model may take, in place of the sparsities: a fraction of "
-            "the dense model's (0.5 or '50%') or milliseconds ('4ms')."
+            "the dense model's, such as 0.5, or milliseconds, such as 4ms."
         },
     )
     slim_teacher: str | None = field(

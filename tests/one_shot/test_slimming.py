@@ -325,7 +325,7 @@ def test_arguments_out_of_range_are_refused(keywords: dict, message: str) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SlimConfig(), "Nothing is to be removed: give ffn2_sparsity or mha_sparsity"),
+        (SlimConfig(), "Nothing is to be removed: give ffn2_sparsity, mha_sparsity or a budget"),
         (SlimConfig(ffn2_sparsity=0.5, slim_teacher="self"), "there is no training that could learn from a teacher"),
         (SlimConfig(ffn2_sparsity=0.9, slim_scope="local"), "ffn2_sparsity=0.9 is unreachable"),
         ({"ffn2_sparsity": 0.5}, "dict has no field"),

@@ -87,8 +87,9 @@ def slim(
     with KeptWeights(model) as kept:
         masks = METHODS[method](model, plan, data, kept)
         unproven = _remove(model, structures, masks, data)
-    sizes = tuple(StructureSize(s.name, s.kind, s.units, count_left(model, s)) for s in structures)
-    budget = plan.budget.report({name: int(mask.sum()) for name, mask in masks.items()}) if plan.budget else None
+    kept_units = {s.name: count_left(model, s) for s in structures}
+    sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
+    budget = plan.report_budget(kept_units)
     return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
 
 

@@ -205,14 +205,15 @@ def _slim(
     before = _measure_before(slim, known.shape)
     structures, masks = find_removable(slim, known.multiple, known.masks)
     unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
+    kept = {s.name: count_left(slim, s) for s in before.structures}
     report = SlimReport(
         before.parameters,
         count_parameters(slim),
         before.bytes,
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, count_left(slim, s)) for s in before.structures),
+        tuple(StructureSize(s.name, s.kind, s.units, kept[s.name]) for s in before.structures),
         (*unproven, *known.unproven),
-        known.slimmer.report_budget() if known.slimmer is not None else None,
+        known.slimmer.plan.report_budget(kept) if known.slimmer is not None else None,
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")

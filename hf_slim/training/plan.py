@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps, read_budget
+from ..costs import BudgetReport, Kept
 from ..structures import (
     Discovery,
     Kind,
@@ -104,6 +105,10 @@ class Plan:
     def budget(self) -> BudgetTarget | None:
         """The target of a budget, if one was asked for."""
         return next((target for target in self.targets if isinstance(target, BudgetTarget)), None)
+
+    def report_budget(self, kept: Kept) -> BudgetReport | None:
+        """What was asked for by a budget, and what a model has with so many units; None if none was."""
+        return None if self.budget is None else self.budget.report({s.name: kept[s.name] for s in self.structures})
 
     def find_sparsities(self, masks: Masks) -> dict[str, float]:
         """The sparsities that masks give, by the names of the settings.

@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from ..arguments import CriterionName
 from ..compaction import find_zero_units, has_state
-from ..costs import BudgetReport
 from ..parallel import find_shards, whole_shapes
 from ..structures import Structure
 from .attached_optimizer import find_attached
@@ -258,11 +257,6 @@ class Slimmer(LoopDoor):
             dropped; 0 where none are planned.
         """
         return self.plan.find_sparsities(self.masks)
-
-    def report_budget(self) -> BudgetReport | None:
-        """What was asked for by a budget and what the model has with the masks as they are; None without one."""
-        target = self.plan.budget
-        return None if target is None else target.report({name: int(m.sum()) for name, m in self.masks.items()})
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, as plain JSON data."""

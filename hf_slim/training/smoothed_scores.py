@@ -61,7 +61,7 @@ class Scores:
         Args:
             scale: One number, on any device.
         """
-        self._pending = {name: scores / scale.to(scores.device) for name, scores in self._pending.items()}
+        self._multiply(1 / scale)
 
     def check(self, step: int) -> None:
         """Refuse scores of this step that are not finite; only on the CPU, since a device would have to be waited for.
@@ -113,10 +113,14 @@ class Scores:
         if self._bad_step is not None and int(self._bad_step):
             refuse_nonfinite(self.smoothed, int(self._bad_step))
 
+    def _multiply(self, factor: torch.Tensor) -> None:
+        """Multiply the gradients by a number after they were scored: squares of them by its square."""
+        for name, scores in self._pending.items():
+            self._pending[name] = scores * factor.to(scores.device) ** (2 if name in self._squared else 1)
+
     def _smooth(self, step: int, skipped: bool | torch.Tensor) -> None:
         if (factor := self._shards.clip_factor()) < 1:
-            powers = {name: 2 if name in self._squared else 1 for name in self._pending}
-            self._pending = {name: scores * factor ** powers[name] for name, scores in self._pending.items()}
+            self._multiply(torch.tensor(factor))
         counted = skipped.logical_not() if isinstance(skipped, torch.Tensor) else None
         first = next(iter(self._pending.values()))
         if first.device.type == "cpu":

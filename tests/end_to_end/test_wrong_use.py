@@ -67,7 +67,7 @@ FIELDS = [
     ({"slim_frequency": None}, "^slim_frequency must be a number, got None"),
     ({"slim_schedule": "quick"}, "^slim_schedule must be one of exp, cubic, cos, linear, oneshot, got 'quick'"),
     ({"slim_schedule": ["exp"]}, r"^slim_schedule must be one of .* got \['exp'\]"),
-    ({"slim_criterion": "l2"}, "^slim_criterion must be one of magnitude, snip_momentum, taylor, got 'l2'"),
+    ({"slim_criterion": "l2"}, "^slim_criterion must be one of magnitude, snip_momentum, taylor, fisher, got 'l2'"),
     ({"slim_criterion": None}, "^slim_criterion must be one of .* got None"),
     ({"slim_scope": "layer"}, "^slim_scope must be one of global, local, got 'layer'"),
     ({"slim_scope": 1}, "^slim_scope must be one of global, local, got 1"),

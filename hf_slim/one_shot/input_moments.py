@@ -16,6 +16,8 @@ IGNORED = -100
 class Moments:
     """First and second moments of the inputs of a layer, in float32.
 
+    They are summed up about the mean of the first inputs, so that those that hardly vary leave a covariance, too.
+
     Args:
         inputs: How many inputs it has.
         device: Where to keep them.
@@ -25,12 +27,18 @@ class Moments:
     def __init__(self, inputs: int, device: torch.device, *, whole: bool) -> None:
         """See the class."""
         self.rows = 0
+        self._first = torch.zeros(inputs, device=device)
         self._sum = torch.zeros(inputs, device=device)
         self._products = torch.zeros((inputs, inputs) if whole else (inputs,), device=device)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add inputs, shape `[rows, inputs]`."""
+        if not len(rows):
+            return
         rows = rows.float()
+        if not self.rows:
+            self._first = rows.mean(0)
+        rows = rows - self._first
         self.rows += len(rows)
         self._sum += rows.sum(0)
         if self._products.dim() == 2:
@@ -41,7 +49,7 @@ class Moments:
     @property
     def mean(self) -> torch.Tensor:
         """The mean, shape `[inputs]`."""
-        return self._sum / max(1, self.rows)
+        return self._first + self._sum / max(1, self.rows)
 
     def take(self, *, centred: bool) -> torch.Tensor:
         """The second moment, once: its memory is that of the sums.
@@ -54,13 +62,12 @@ class Moments:
         """
         products = self._products.div_(max(1, self.rows))
         self._products = products.new_zeros(0)
-        if centred:
-            mean = self.mean
-            if products.dim() == 2:
-                products.addr_(mean, mean, alpha=-1)
-            else:
-                products.sub_(mean.square()).clamp_(min=0)
-        return products
+        around, mean = self.mean - self._first, self.mean
+        if products.dim() == 2:
+            products.addr_(around, around, alpha=-1)
+            return products if centred else products.addr_(mean, mean)
+        products.sub_(around.square()).clamp_(min=0)
+        return products if centred else products.add_(mean.square())
 
 
 def take_rows(values: torch.Tensor, reader: Reader, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -70,14 +70,6 @@ CLASSIC = {
     "slim_start": 0.08,
     "slim_end": 0.77,
 }
-FIRST = {
-    "slim_criterion": "taylor",
-    "slim_schedule": "cubic",
-    "slim_scope": "global",
-    "slim_start": 0.05,
-    "slim_end": 0.3,
-    "slim_frequency": 0.02,
-}
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -96,7 +88,6 @@ METHODS: Mapping[str, Method] = {
             },
             teacher="start",
         ),
-        Method("first", "defaults of 0.1.0", FIRST),
         Method("default", "defaults"),
         Method("teacher", "defaults with a dense teacher", teacher="dense"),
         Method("one_shot", "one shot", part=0.0, is_one_shot=True),

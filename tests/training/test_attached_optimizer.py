@@ -393,6 +393,18 @@ def test_the_model_in_ddp(group):
     assert_same(plain, model)
 
 
+def test_a_compiled_model_is_proven_uncompiled():
+    model = dropout_free().train()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    slimmer = Slimmer(compiled, SlimConfig(**HALF), 12).attach(optimizer)
+    for step in ALL:
+        compiled(**make_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert slimmer.is_live and slimmer.has_reached_target and slimmer.unproven == set()
+
+
 def test_a_teacher_is_refused():
     config = SlimConfig(**HALF, slim_teacher="self")
     with pytest.raises(ValueError, match="slim_teacher='self' cannot be used with Slimmer.attach"):
@@ -400,7 +412,9 @@ def test_a_teacher_is_refused():
 
 
 def test_nothing_to_do_is_said():
-    with pytest.warns(UserWarning, match="Slimmer has nothing to do: ffn2_sparsity and mha_sparsity are both 0"):
+    with pytest.warns(
+        UserWarning, match="Slimmer has nothing to do: ffn2_sparsity and mha_sparsity are both 0, and no budget"
+    ):
         model, optimizer, _ = make_loop(SlimConfig())
     take_steps(model, optimizer, [1])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import (
@@ -16,7 +15,8 @@ from transformers import (
 
 from ..arguments import SlimConfig
 from ..one_shot import MethodName, slim
-from ..saving import SlimReport
+from ..proof import make_inputs
+from ..saving import SlimReport, check_folder, write_folder
 from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
 from .tokenizer import load_tokenizer
 
@@ -56,9 +56,7 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
     Raises:
         ValueError: If an argument, a file or a column is missing or does not fit; nothing is written then.
     """
-    folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; name a folder.")
+    folder = check_folder(arguments.output_dir)
     rows = load_text_data(data_arguments, seed=arguments.seed)
     tokenizer = _load_tokenizer(arguments)
     is_language_model = rows.task == "causal-lm"
@@ -73,8 +71,7 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         data_collator=default_data_collator if is_language_model else DataCollatorWithPadding(tokenizer),
         method=arguments.method,
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_folder(folder, model, report, folder.name, tokenizer, [make_inputs(model)], {})
     return report
 
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..arguments import SlimConfig
 from ..compaction import (
-    find_pretrained,
     find_proof,
     find_removable,
-    find_stock_class,
     merge_proven,
     name_unproven,
     remove_units,
@@ -30,16 +25,14 @@ from ..compaction import (
 from ..parallel import (
     build_whole,
     gather_weights,
-    is_dispatched,
     is_first_process,
     is_spread,
-    read_tensor,
     refuse_strategy,
     refuse_unmapped,
     run_in_first_process,
     writing_apart,
 )
-from ..proof import VerificationError, check_verify, compare_models
+from ..proof import check_verify
 from ..structures import (
     REMEDY,
     Masks,
@@ -51,12 +44,12 @@ from ..structures import (
     require_structures,
 )
 from ..training import ModelShape, Slimmer, SlimTrainerCallback, find_shape, find_slimmer
-from .atomic_folder import check_folder, replacing
+from .atomic_folder import check_folder
 from .hub_upload import add_hub_fields, check_keywords, push_folder
-from .model_card import write_model_card
+from .model_folder import write_folder
 from .report import SlimReport, StructureSize, count_bytes, count_parameters
 from .trainer_batches import find_batch
-from .wrapped_models import can_save, check_container, copy_model, save_container
+from .wrapped_models import can_save, copy_model
 
 logger = logging.get_logger(__name__)
 
@@ -132,7 +125,9 @@ def save_slimmed(
         slim = whole if own else _copy(whole)
         with nullcontext() if own else writing_apart(slim):
             slim, report, inputs = _slim(slim, known, verify, is_copy=not own)
-            written = _write_folder(target, slim, report, name, processing_class, inputs, known, max_shard_size)
+            written = write_folder(
+                target, slim, report, name, processing_class, inputs, known.metrics, max_shard_size=max_shard_size
+            )
         if push_to_hub:
             push_folder(target, written, name, hub_kwargs)
         return report
@@ -239,63 +234,6 @@ def _measure_before(model: nn.Module, shape: ModelShape | None) -> _Before:
         parameters += removed if isinstance(tensor, nn.Parameter) else 0
         size += removed * tensor.element_size()
     return _Before(parameters, size, shape.found.structures)
-
-
-def _write_folder(
-    target: Path,
-    slim: nn.Module,
-    report: SlimReport,
-    name: str,
-    processing_class: Any,
-    inputs: list[Mapping[str, Any]],
-    known: _Known,
-    max_shard_size: int | str | None,
-) -> tuple[PurePosixPath, ...]:
-    """Write the folder, check it as it will be, and put it in its place; gives the files that were written."""
-    with replacing(target) as new:
-        saved = save_container(slim, new.path, max_shard_size)
-        if processing_class is not None:
-            processing_class.save_pretrained(new.path)
-        earlier = target / "README.md"
-        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, known.metrics, earlier)
-        new.join_others()
-        if inputs:
-            batches = dict(zip(find_pretrained(slim), inputs, strict=True))
-            for part, place, _ in saved:
-                _check_reload(place, part, batches[part])
-            if not isinstance(slim, PreTrainedModel):
-                check_container(slim, new.path)
-    return new.written
-
-
-def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Refuse a folder that does not give the slim model again: its weights bit for bit, and what they compute."""
-    with _loaded(folder, slim) as reloaded:
-        loaded = reloaded.state_dict()
-        for key in slim.state_dict():
-            if key not in loaded or not torch.equal(read_tensor(slim, key), read_tensor(reloaded, key)):
-                raise VerificationError(
-                    f"The saved folder gives another {key} than the slim model has. Nothing was saved."
-                )
-        try:
-            compare_models(slim, reloaded, inputs)
-        except VerificationError as error:
-            raise VerificationError(
-                f"The saved folder gives a model that computes something else. {error} Nothing was saved."
-            ) from error
-
-
-@contextmanager
-def _loaded(folder: Path, slim: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model of a folder, on the device of another, or spread and offloaded as that one is."""
-    stock: Any = find_stock_class(slim)
-    attention = slim.config._attn_implementation_internal
-    load = partial(stock.from_pretrained, folder, dtype=slim.dtype, attn_implementation=attention)
-    if not is_dispatched(slim):
-        yield load().to(slim.device)
-        return
-    with TemporaryDirectory(prefix=".hf_slim-", dir=folder.parent) as apart:
-        yield load(device_map=slim.hf_device_map, offload_folder=apart)
 
 
 def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:

@@ -38,6 +38,7 @@ def test_a_classifier_is_slimmed_and_saved(reviews: Path, method: str, capsys: p
     slim = AutoModelForSequenceClassification.from_pretrained(reviews / "slim")
     assert slim.bert.encoder.layer[1].output.dense.weight.shape == (32, 32)
     assert AutoTokenizer.from_pretrained(reviews / "slim").vocab_size == len(WORDS)
+    assert "Slimmed with hf_slim" in (reviews / "slim" / "README.md").read_text()
 
 
 def test_a_language_model_is_slimmed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -66,10 +66,16 @@ class LatencyTable:
         raise ValueError(f"The table of measured times {self.path} is damaged: delete it, and they are measured anew.")
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        new.write_text(json.dumps({"of": self._key, "ms": self._times}, indent=1), encoding="utf-8")
-        new.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps({"of": self._key, "ms": self._times}, indent=1), encoding="utf-8")
+            new.replace(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"slim_target_latency keeps what it measures in {self.path.parent}, which cannot be written: {error}. "
+                "Set HF_HOME to a folder that can."
+            ) from error
 
 
 def make_key(model: nn.Module, device: torch.device, batches: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from ..arguments import SlimArgumentsMixin, SlimConfig, find_teacher_fields
+from ..arguments import SlimArgumentsMixin, SlimConfig, find_asked, find_teacher_fields
 from ..training import SlimTrainerCallback
 from .distiller import Distiller
 from .teachers import DENSE, SELF, check_teacher, copy_teacher, load_teacher, make_fingerprint, warn_untrained
@@ -47,7 +47,7 @@ class SlimTrainerMixin:
         own: Any = self
         callbacks = own.callback_handler.callbacks
         has_ours = any(isinstance(callback, SlimTrainerCallback) for callback in callbacks)
-        asks = isinstance(self.args, SlimArgumentsMixin) and (self.args.ffn2_sparsity or self.args.mha_sparsity)
+        asks = isinstance(self.args, SlimArgumentsMixin) and find_asked(self.args)
         if asks and not has_ours:
             own.add_callback(SlimTrainerCallback())
         own.add_callback(TeacherCallback(self))

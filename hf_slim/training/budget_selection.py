@@ -86,7 +86,7 @@ def select_within(
 
 
 def _exchange(ladders: Sequence[_Ladder], left: float, allowed: float) -> None:
-    """Bring a block back for blocks of other structures, as long as much is not used up and that uses more of it.
+    """Bring a block back for smaller ones of other structures, as long as much is unused and that uses more of it.
 
     Where these are worth more than the block, it comes back only if more than a hundredth is unused.
     """
@@ -114,7 +114,7 @@ def _try_exchange(back: _Ladder, ladders: Sequence[_Ladder], unused: float) -> t
             for ladder in ladders
             if ladder is not back
             and (place := places[ladder.name]) < len(ladder.costs) - 1
-            and (saved := ladder.costs[place] - ladder.costs[place + 1]) > 0
+            and 0 < (saved := ladder.costs[place] - ladder.costs[place + 1]) < more
         ]
         if not rates:
             return -math.inf, 0.0, {}
@@ -123,7 +123,7 @@ def _try_exchange(back: _Ladder, ladders: Sequence[_Ladder], unused: float) -> t
         gain -= gone.worth[place] - gone.worth[place + 1]
         more -= gone.costs[place] - gone.costs[place + 1]
         places[gone.name] += 1
-    return (gain, more, places) if more > 0 else (-math.inf, 0.0, {})
+    return gain, more, places
 
 
 class _Ladder:

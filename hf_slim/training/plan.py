@@ -180,7 +180,7 @@ def require_gradients(model: nn.Module, plan: Plan) -> None:
     for target in plan.targets:
         if target.criterion != "magnitude":
             for structure in target.structures:
-                _require_gradients(model, structure, target.criterion)
+                _require_gradients(model, structure, target.criterion, is_budget=isinstance(target, BudgetTarget))
 
 
 def find_live_choice(settings: Settings) -> LiveChoice:
@@ -295,11 +295,12 @@ def _place_steps(
     )
 
 
-def _require_gradients(model: nn.Module, structure: Structure, criterion: CriterionName) -> None:
+def _require_gradients(model: nn.Module, structure: Structure, criterion: CriterionName, *, is_budget: bool) -> None:
     for member in structure.outputs:
         if not get_tensor(model, member.tensor).requires_grad:
             later = " Or slim first, and add the adapters to the slim model." if has_adapters(model) else ""
+            other = "sparsities and slim_criterion='magnitude'" if is_budget else "slim_criterion='magnitude'"
             raise ValueError(
-                f"{member.tensor} is frozen, so slim_criterion={criterion!r} cannot score {structure.name}: train "
-                f"it, exclude it with slim_exclude, or use slim_criterion='magnitude'.{later}"
+                f"{member.tensor} is frozen, so {'a budget' if is_budget else f'slim_criterion={criterion!r}'} cannot "
+                f"score {structure.name}: train it, exclude it with slim_exclude, or use {other}.{later}"
             )

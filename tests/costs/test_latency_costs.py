@@ -98,3 +98,10 @@ def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
     assert choose_clock(torch.device("cuda")) is time.perf_counter
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert choose_clock(cpu) is time.perf_counter
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(ValueError, match="slim_target_latency keeps what it measures in .*, which cannot be written"):
+        LatencyTable({"device": "x"}).find("dense", lambda: 1.0)

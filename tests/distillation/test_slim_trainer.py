@@ -260,6 +260,11 @@ def test_a_callback_is_added_where_a_sparsity_is_asked_for(live, tmp_path):
     )
 
 
+def test_a_callback_is_added_where_a_budget_is_asked_for(tmp_path):
+    trainer = make(dropout_free(), tmp_path, slim_teacher="self", slim_target_params=0.9)
+    assert any(isinstance(c, SlimTrainerCallback) for c in trainer.callback_handler.callbacks)
+
+
 class Kill(TrainerCallback):
     """Ends a training right after a step, as a signal would."""
 

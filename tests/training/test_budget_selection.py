@@ -85,3 +85,12 @@ def test_blocks_are_exchanged_where_much_stays_unused():
     scores = {"a": [10.0, 50.0], "b": [8.0, 9.0, 50.0]}
     # The worse one of a goes first (1.0 for its cost against 1.14): 31 of 34. With one of b in its place: 34.
     assert select([big, small], scores, costs, 34) == {"a": [0, 1], "b": [1, 2]}
+
+
+def test_a_head_comes_back_for_channels_even_where_other_heads_are_worth_less():
+    structures = [make("first", "mha", 4), make("second", "mha", 4), make("ffn", "ffn", 60)]
+    costs = straight(structures, {"first": 10, "second": 10, "ffn": 1})  # 140 in all
+    scores = {"first": [0.1, 0.2, 0.3, 0.4], "second": [0.1, 0.2, 0.3, 0.4], "ffn": [float(50 + n) for n in range(60)]}
+    chosen = select(structures, scores, costs, 119)  # the two cheapest heads leave 120, three leave 110
+    assert {name: len(units) for name, units in chosen.items()} == {"first": 3, "second": 3, "ffn": 59}
+    assert chosen["ffn"][0] == 1

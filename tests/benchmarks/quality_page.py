@@ -102,7 +102,10 @@ def _format(found: Mapping[Any, Mapping[str, float]]) -> Iterator[str]:
 
 
 def _format_cell(cell: Cell | None) -> str:
-    return "-" if cell is None else f"{cell.added:+.4f} ± {cell.error:.4f}, {cell.score:.3f}"
+    if cell is None:
+        return "-"
+    error = f" ± {cell.error:.4f}" if cell.seeds > 1 else ""
+    return f"{cell.added:+.4f}{error}, {cell.score:.3f}"
 
 
 def _draw(found: Mapping[Any, Mapping[str, float]], path: Path) -> None:
@@ -122,7 +125,7 @@ def _draw(found: Mapping[Any, Mapping[str, float]], path: Path) -> None:
                 axis.errorbar(
                     [n for n, _ in points],
                     [cell.added for _, cell in points],
-                    [cell.error for _, cell in points],
+                    [cell.error if cell.seeds > 1 else 0.0 for _, cell in points],
                     label=method.title,
                     marker="o",
                     color=f"C{number}",

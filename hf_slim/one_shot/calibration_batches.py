@@ -94,6 +94,11 @@ def make_batches(
     return Calibration(batches, sample)
 
 
+def has_decoder(model: nn.Module) -> bool:
+    """Whether labels make the inputs of a decoder behind an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _check_row(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"A sample of the data set must be a dict of the model's inputs, got {type(row).__name__}.")

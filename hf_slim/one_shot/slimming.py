@@ -16,7 +16,7 @@ from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
 from ..structures import REMEDY, Structure, count_left, find_structures, has_adapters, require_structures
 from ..training import Plan, make_plan
-from .calibration_batches import Calibration, make_batches
+from .calibration_batches import Calibration, has_decoder, make_batches
 from .kept_weights import KeptWeights
 from .methods import METHODS, Masks, MethodName
 
@@ -80,7 +80,7 @@ def slim(
         max_seq_length=max_seq_length,
         batch_size=batch_size,
         data_collator=data_collator,
-        with_labels=method == "taylor" or _has_decoder(model),
+        with_labels=method == "taylor" or has_decoder(model),
     )
     structures = require_structures(model, find_structures(model))
     before = count_parameters(model), count_bytes(model)
@@ -119,11 +119,6 @@ def _make_plan(model: nn.Module, config: Any) -> Plan:
         raise ValueError("Nothing is to be removed: give ffn2_sparsity, mha_sparsity or a budget in the SlimConfig.")
     check_values(model, (member.tensor for s in plan.structures for member in s.members))
     return plan
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    """Whether labels make the inputs of a decoder behind an encoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from hf_slim import SlimConfig, save_slimmed, slim
 from hf_slim.cli.tokenizer import make_byte_tokenizer
 from hf_slim.one_shot import methods
 from hf_slim.one_shot.brain_surgery import DAMPING
+from hf_slim.one_shot.output_error import OutputError
 from hf_slim.proof import VerificationError, make_inputs
 
 HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
@@ -176,6 +177,38 @@ def test_padding_does_not_count() -> None:
     slim(padded, with_mask, HALF, num_calibration_samples=24)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(padded.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("model_type", ["llama", "t5"])
+def test_what_stands_in_padded_positions_makes_no_difference(model_type: str, scope: str) -> None:
+    states = []
+    for padding in (0, 7):
+        model = build(model_type)
+        rows = make_rows(model)
+        for number, row in enumerate(rows):
+            length = row["input_ids"].shape[0]
+            row["attention_mask"] = (torch.arange(length) < 2 + number % 3).long()
+            row["input_ids"] = torch.where(row["attention_mask"] == 1, row["input_ids"], padding)
+        config = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=1, slim_scope=scope)
+        slim(model, rows, config, num_calibration_samples=24)
+        states.append(state_of(model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_error_of_outputs_leaves_out_padding_of_encoder_and_decoder() -> None:
+    model = build("t5")
+    batch = make_batch(model)
+    batch["attention_mask"] = torch.tensor([[1, 1, 0, 0, 0, 0, 0]] * 2)[:, : batch["input_ids"].shape[1]]
+    batch["decoder_attention_mask"] = (torch.arange(batch["labels"].shape[1]) < 3).long().expand(2, -1)
+    error = OutputError(model, batch)
+    rows, wide = (error._outputs[name] for name in ("encoder_last_hidden_state", "logits"))
+    rows[:, 2:] += 1.0
+    wide[:, 3:] += 1.0
+    assert error.measure() == 0
+    wide[:, 2] += 1.0
+    assert error.measure() > 0
 
 
 def test_a_frozen_model_in_half_precision_is_slimmed_and_stays_so() -> None:

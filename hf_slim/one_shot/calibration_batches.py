@@ -17,6 +17,8 @@ from ..arguments import check_whole
 
 _LABELS = ("label", "labels", "label_ids")
 """What the default collator makes `labels` of, or leaves."""
+_SAMPLES = ("input_ids", "inputs_embeds", "attention_mask")
+"""What has one row for each sample."""
 
 
 class Calibration(NamedTuple):
@@ -24,7 +26,7 @@ class Calibration(NamedTuple):
 
     Args:
         batches: The batches, on the CPU.
-        sample: The first sample alone.
+        sample: The first sample alone; of a loader whose batches cannot be cut the first batch.
     """
 
     batches: list[dict[str, Any]]
@@ -69,7 +71,7 @@ def make_batches(
         )
     if isinstance(dataset, DataLoader):
         batches = list(_take_batches(dataset, num_samples))
-        sample = _cut_batch(batches[0], 1) if batches else {}
+        sample = cut_batch(batches[0], 1) if batches else {}
         found = sum(map(_count_rows, batches))
     else:
         rows = [_check_row(row) for row in islice(iter(dataset), num_samples)]
@@ -154,22 +156,36 @@ def _collate(collate: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _take_batches(loader: Iterable[Any], num_samples: int) -> Iterator[dict[str, Any]]:
-    """The batches of a loader until there are enough samples, the last one cut."""
+    """The batches of a loader until there are enough samples, the last one cut where it can be."""
     left = num_samples
     for batch in loader:
-        taken = _cut_batch(dict(_check_row(batch)), left)
+        taken = cut_batch(dict(_check_row(batch)), left)
         left -= _count_rows(taken)
         yield taken
         if left <= 0:
             return
 
 
-def _cut_batch(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    return {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+def cut_batch(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The first samples of a batch.
+
+    Args:
+        batch: The batch.
+        rows: How many samples.
+
+    Returns:
+        The batch of them; the whole one where a tensor is not of one entry for each sample, such as image patches.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        return dict(batch)
+    return {name: value[:rows] if name in tensors else value for name, value in batch.items()}
 
 
 def _count_rows(batch: Mapping[str, Any]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor)), 0)
+    """How many samples a batch has: by its tokens, where there are some."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    return len(next((tensors[name] for name in (*_SAMPLES, *tensors) if name in tensors), ()))
 
 
 def _drop(model: nn.Module, batch: Mapping[str, Any], left_out: Iterable[str]) -> dict[str, Any]:

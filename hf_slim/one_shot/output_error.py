@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..proof import find_tensors
-from .calibration_batches import has_decoder
+from .calibration_batches import cut_batch, has_decoder
 from .input_moments import find_mask
 
 _TOKENS = 1024
@@ -21,15 +21,15 @@ class OutputError:
 
     Args:
         model: The model, in evaluation mode.
-        batch: A batch on its device; so many samples of it are run that there are about a thousand tokens.
+        batch: A batch on its device; so many samples of it are run that there are about a thousand tokens, or all
+            where it cannot be cut.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """See the class."""
         ids = batch.get("input_ids")
         rows = max(1, _TOKENS // ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
-        cut = {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        self._model, self._batch = model, cut
+        self._model, self._batch = model, dict(batch) if rows is None else cut_batch(batch, rows)
         self._outputs = self._run()
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from hf_slim import SlimConfig, save_slimmed, slim
 from hf_slim.cli.tokenizer import make_byte_tokenizer
 from hf_slim.one_shot import methods
 from hf_slim.one_shot.brain_surgery import DAMPING
+from hf_slim.one_shot.calibration_batches import cut_batch
 from hf_slim.one_shot.output_error import OutputError
 from hf_slim.proof import VerificationError, make_inputs
 
@@ -293,6 +294,30 @@ def test_every_kind_of_data_gives_the_same() -> None:
         assert states[name].keys() == states["tensors"].keys()
         for key, value in states["tensors"].items():
             torch.testing.assert_close(states[name][key], value, msg=f"{name}: {key}")
+
+
+def join(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples whose image patches are one after the other, which is how models for images and text take them."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_batches_whose_tensors_have_not_one_entry_for_each_sample_are_not_cut(as_loader: bool) -> None:
+    model = build_tiny("qwen2_vl", "AutoModelForImageTextToText")
+    row = make_inputs(model)
+    assert len(row["pixel_values"]) > 1
+    data = DataLoader([row] * 6, batch_size=4, collate_fn=join) if as_loader else [row] * 6
+    config = SlimConfig(ffn2_sparsity=0.5, slim_round_to=1)
+    report = slim(model, data, config, num_calibration_samples=5, batch_size=5, data_collator=join)
+    assert report.parameters_after < report.parameters_before and report.unproven == ()
+
+
+def test_a_batch_is_cut_by_samples_or_not_at_all() -> None:
+    batch = {"input_ids": torch.ones(4, 3), "scale": torch.tensor(2.0), "name": "x"}
+    assert cut_batch(batch, 2)["input_ids"].shape == (2, 3)
+    assert cut_batch(batch, 2)["scale"] == 2 and cut_batch(batch, 2)["name"] == "x"
+    whole = cut_batch({**batch, "pixel_values": torch.ones(12, 5)}, 2)
+    assert whole["input_ids"].shape == (4, 3) and whole["pixel_values"].shape == (12, 5)
 
 
 def test_only_the_first_samples_are_taken_cut_and_collated() -> None:

@@ -11,11 +11,12 @@ from torch import nn
 from transformers.utils import logging
 
 from ..arguments import SlimConfig
-from ..compaction import find_pretrained, find_proof, name_unproven, remove_units, zero_units
+from ..compaction import find_pretrained, find_proof, remove_units, zero_units
 from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
+from ..proof import keeping_random_state
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
 from ..structures import REMEDY, Structure, count_left, find_structures, has_adapters, require_structures
-from ..training import Plan, make_plan
+from ..training import Plan, make_plan, refuse_attached
 from .calibration_batches import Calibration, has_decoder, make_batches
 from .kept_weights import KeptWeights
 from .methods import METHODS, Masks, MethodName
@@ -23,6 +24,7 @@ from .methods import METHODS, Masks, MethodName
 logger = logging.get_logger(__name__)
 
 
+@keeping_random_state()
 def slim(
     model: nn.Module,
     dataset: Any,
@@ -99,6 +101,7 @@ def _check_model(model: Any) -> nn.Module:
     if has_adapters(model):
         raise ValueError(f"slim cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     refuse_strategy(model)
+    refuse_attached(extract_model_from_parallel(model, keep_torch_compile=False))
     if is_spread(model) or is_dispatched(model):
         raise ValueError("slim needs the whole model on one device: load it without a device_map, or gather it first.")
     return extract_model_from_parallel(model, keep_torch_compile=False)
@@ -128,8 +131,18 @@ def _remove(model: nn.Module, structures: tuple[Structure, ...], masks: Masks, d
     zero_units(model, structures, whole)  # buffers, which a forward pass is not to change, are as before
     parts = find_pretrained(model)
     own = not parts or parts[0] is model
-    proof = find_proof(model, data.sample if own else True)
+    try:
+        proof = find_proof(model, data.sample if own else True)
+    except ValueError as error:
+        inputs = f"the first sample of the data set, with {', '.join(data.sample)}" if own else "inputs made for it"
+        raise ValueError(
+            f"{type(model).__name__} cannot run on {inputs}, so that what it computes cannot be compared: "
+            f"{error.__cause__ or error}"
+        ) from error
     unproven = remove_units(model, structures, whole, proof)
     if unproven:
-        logger.warning(f"slim: {name_unproven(unproven)}")
+        logger.warning(
+            f"slim: the first sample does not reach {', '.join(unproven)}, so it is not proven that the slimmed model "
+            "computes the same there. Let the data begin with one that does."
+        )
     return unproven

@@ -1,8 +1,10 @@
 """One-shot slimming: what is computed, what is refused, and that nothing is left behind."""
 
 import copy
+import random
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import FAMILIES, build, logits, make_batch
 from datasets import Dataset, IterableDataset
 from tiny import build_tiny
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
@@ -21,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_slim import SlimConfig, save_slimmed, slim
+from hf_slim import SlimConfig, Slimmer, save_slimmed, slim
 from hf_slim.cli.tokenizer import make_byte_tokenizer
 from hf_slim.one_shot import methods
 from hf_slim.one_shot.brain_surgery import DAMPING
@@ -283,6 +285,7 @@ def test_every_kind_of_data_gives_the_same() -> None:
         "named": named,
         "dataset": Dataset.from_list(named),
         "iterable": IterableDataset.from_generator(lambda: iter(named)),
+        "indexed": Subset(rows, range(24)),
         "loader": DataLoader(rows, batch_size=8, collate_fn=default_data_collator),
     }
     states = {}
@@ -362,7 +365,42 @@ def test_the_surgery_needs_no_labels_and_taylor_does() -> None:
     slim(model, rows, HALF, num_calibration_samples=24)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_without_inputs_is_told_as_such(method: str) -> None:
+    model = build("t5")
+    rows = [{"input_ids": row["input_ids"]} for row in make_rows(model)]
+    with pytest.raises(ValueError, match="has no labels and no decoder_input_ids, one of which the decoder of T5"):
+        slim(model, rows, HALF, num_calibration_samples=24, method=method)
+
+
+def test_what_the_model_cannot_run_on_is_told_without_keywords_that_slim_has_not() -> None:
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="cannot run on the first sample of the data set, with input_ids") as caught:
+        slim(model, [{"input_ids": [1000]}] * 24, HALF, num_calibration_samples=24, method="magnitude")
+    assert "verify" not in str(caught.value)
+
+
+@pytest.mark.parametrize("samples", [24, 25])
+def test_random_numbers_go_on_as_if_none_had_been_drawn(samples: int) -> None:
+    model = build("gpt2")
+    loader = DataLoader(make_rows(model), batch_size=8, shuffle=True, collate_fn=default_data_collator)
+    states = torch.get_rng_state(), random.getstate()
+    with nullcontext() if samples == 24 else pytest.raises(ValueError, match="asks for more"):
+        slim(model, loader, HALF, num_calibration_samples=samples)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
 # ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_model_that_a_slimmer_in_a_loop_slims_is_refused() -> None:
+    model = build("gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slimmer = Slimmer(model, SlimConfig(ffn2_sparsity=0.5, slim_round_to=8), 10).attach(optimizer)
+    with pytest.raises(ValueError, match="A Slimmer is attached to SGD, the optimizer of this model"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    slimmer.detach()
+    slim(model, make_rows(model), HALF, num_calibration_samples=24)
 
 
 @pytest.mark.parametrize(

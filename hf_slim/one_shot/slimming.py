@@ -42,7 +42,8 @@ def slim(
     last: what the layer behind the units reads (FFN2, output projection) says which units cost least, and the weights
     that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
     next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
-    on disk meanwhile; if anything is raised, it is as it was, bit for bit. The slim model computes what the model
+    on disk meanwhile; if anything is raised, it is as it was, bit for bit, but for an interrupt in the moment in which
+    the files on disk are deleted, when all is done. The slim model computes what the model
     with zeros in place of its units does, which is compared on a sample.
 
     Save the result by `save_pretrained`, or train it first.
@@ -89,10 +90,11 @@ def slim(
     with KeptWeights(model) as kept:
         masks = METHODS[method](model, plan, data, kept)
         unproven = _remove(model, structures, masks, data)
-    kept_units = {s.name: count_left(model, s) for s in structures}
-    sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
-    budget = plan.report_budget(kept_units)
-    return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
+        kept_units = {s.name: count_left(model, s) for s in structures}
+        sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
+        budget = plan.report_budget(kept_units)
+        report = SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
+    return report
 
 
 def _check_model(model: Any) -> nn.Module:

@@ -2,7 +2,10 @@
 
 import copy
 import random
+import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +31,9 @@ from hf_slim.cli.tokenizer import make_byte_tokenizer
 from hf_slim.one_shot import methods
 from hf_slim.one_shot.brain_surgery import DAMPING
 from hf_slim.one_shot.calibration_batches import cut_batch
+from hf_slim.one_shot.kept_weights import KeptWeights
 from hf_slim.one_shot.output_error import OutputError
+from hf_slim.one_shot.paused_passes import PausedPass, PausedPasses
 from hf_slim.proof import VerificationError, make_inputs
 
 HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
@@ -508,6 +513,62 @@ def test_an_error_within_a_forward_pass_is_raised_and_ends_all_passes(error: typ
         slim(model, make_rows(model), HALF, num_calibration_samples=24)
     handle.remove()
     assert_same(model, state)
+
+
+def test_an_interrupt_while_a_thread_begins_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    state, ran, begin = state_of(model), [], threading.Thread._bootstrap
+    monkeypatch.setattr(PausedPasses, "_make_call", lambda *args: lambda: ran.append(1))
+
+    def begin_late(thread: threading.Thread) -> None:
+        time.sleep(0.2)
+        begin(thread)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
+
+    def start(thread: threading.Thread) -> None:
+        thread._started, whole = Interrupted(), thread._started
+        try:
+            original(thread)
+        finally:
+            thread._started = whole
+
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "_bootstrap", begin_late)
+    monkeypatch.setattr(PausedPass, "start", start, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_slim-pass"]
+    assert not ran
+    assert_same(model, state)
+
+
+@pytest.mark.parametrize("at", ["_restore", "_put_back", "rmtree"])
+def test_an_interrupt_while_all_is_put_back_does_not_stop_it(at: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, calls = build("gpt2"), []
+    state = state_of(model)
+    owner, name = (shutil if at == "rmtree" else KeptWeights), at
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr("hf_slim.one_shot.slimming.remove_units", fail_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24, method="magnitude")
+    assert_same(model, state)
+    assert not list(tmp_path.iterdir())
+
+
+def fail_at_once(*args, **kwargs) -> None:
+    raise RuntimeError("stopped")
 
 
 def test_a_slim_model_that_computes_something_else_is_refused_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,22 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 from transformers.utils import find_labels
 
 from ..arguments import check_whole
+from ..parallel import find_device
+from ..proof import RUN_ERRORS, evaluating
 
 _LABELS = ("label", "labels", "label_ids")
 """What the default collator makes `labels` of, or leaves."""
+_DECODED = frozenset(("labels", "decoder_input_ids", "decoder_inputs_embeds"))
+"""What gives a decoder behind an encoder its inputs."""
+_SAMPLES = ("input_ids", "inputs_embeds", "attention_mask")
+"""What has one row for each sample."""
 
 
 class Calibration(NamedTuple):
@@ -24,7 +31,7 @@ class Calibration(NamedTuple):
 
     Args:
         batches: The batches, on the CPU.
-        sample: The first sample alone.
+        sample: The first sample alone; of a loader whose batches cannot be cut the first batch.
     """
 
     batches: list[dict[str, Any]]
@@ -62,17 +69,19 @@ def make_batches(
         check_whole(name, value)
     if max_seq_length is not None:
         check_whole("max_seq_length", max_seq_length)
-    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, bytes, Mapping)):
+    if not (isinstance(dataset, Iterable) or _is_indexed(dataset)) or isinstance(dataset, (str, bytes, Mapping)):
         raise ValueError(
             f"dataset must be a data set, a list of dicts or a DataLoader, got {type(dataset).__name__}: for one "
             "with splits pass one of them, such as dataset['train']."
         )
     if isinstance(dataset, DataLoader):
         batches = list(_take_batches(dataset, num_samples))
-        sample = _cut_batch(batches[0], 1) if batches else {}
+        sample = cut_batch(batches[0], 1) if batches else {}
         found = sum(map(_count_rows, batches))
     else:
-        rows = [_check_row(row) for row in islice(iter(dataset), num_samples)]
+        numbered = not isinstance(dataset, Iterable)
+        source = (dataset[number] for number in range(len(dataset))) if numbered else iter(dataset)
+        rows = [_check_row(row) for row in islice(source, num_samples)]
         columns = list(rows[0]) if rows else []
         found = len(rows)
     if found < num_samples:
@@ -91,7 +100,18 @@ def make_batches(
     left_out = () if with_labels else (*_LABELS, *find_labels(type(model)))
     batches, sample = [_drop(model, batch, left_out) for batch in batches], _drop(model, sample, left_out)
     _check_columns(model, sample, None)
+    _check_decoder(model, sample)
     return Calibration(batches, sample)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether labels make the inputs of a decoder behind an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_indexed(dataset: Any) -> bool:
+    """Whether it gives samples by their numbers, as map-style data sets of torch do."""
+    return hasattr(type(dataset), "__getitem__") and hasattr(type(dataset), "__len__")
 
 
 def _check_row(row: Any) -> dict[str, Any]:
@@ -112,6 +132,20 @@ def _check_columns(model: nn.Module, row: Mapping[str, Any], columns: Any) -> No
             f"{', '.join(columns or row) or 'none that the model takes'}, and the model takes {', '.join(taken)}. "
             "Tokenize the data set, or make features of it, first."
         )
+
+
+def _check_decoder(model: nn.Module, sample: Mapping[str, Any]) -> None:
+    """Refuse data without the decoder's inputs, unless the model makes them of the encoder's."""
+    if not has_decoder(model) or not _DECODED.isdisjoint(sample):
+        return
+    try:
+        with evaluating(model):
+            model(**send_to_device(dict(sample), find_device(model)))
+    except RUN_ERRORS as error:
+        raise ValueError(
+            f"The data set has no labels and no decoder_input_ids, one of which the decoder of {type(model).__name__} "
+            f"needs: add labels to it. The model says: {error}"
+        ) from error
 
 
 def _find_taken(model: nn.Module) -> list[str] | None:
@@ -149,22 +183,36 @@ def _collate(collate: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _take_batches(loader: Iterable[Any], num_samples: int) -> Iterator[dict[str, Any]]:
-    """The batches of a loader until there are enough samples, the last one cut."""
+    """The batches of a loader until there are enough samples, the last one cut where it can be."""
     left = num_samples
     for batch in loader:
-        taken = _cut_batch(dict(_check_row(batch)), left)
+        taken = cut_batch(dict(_check_row(batch)), left)
         left -= _count_rows(taken)
         yield taken
         if left <= 0:
             return
 
 
-def _cut_batch(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    return {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+def cut_batch(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The first samples of a batch.
+
+    Args:
+        batch: The batch.
+        rows: How many samples.
+
+    Returns:
+        The batch of them; the whole one where a tensor is not of one entry for each sample, such as image patches.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        return dict(batch)
+    return {name: value[:rows] if name in tensors else value for name, value in batch.items()}
 
 
 def _count_rows(batch: Mapping[str, Any]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor)), 0)
+    """How many samples a batch has: by its tokens, where there are some."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    return len(next((tensors[name] for name in (*_SAMPLES, *tensors) if name in tensors), ()))
 
 
 def _drop(model: nn.Module, batch: Mapping[str, Any], left_out: Iterable[str]) -> dict[str, Any]:

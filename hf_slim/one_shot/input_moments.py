@@ -85,7 +85,7 @@ def take_rows(values: torch.Tensor, reader: Reader, batch: Mapping[str, Any]) ->
     Raises:
         ValueError: If one is not finite.
     """
-    mask = _find_mask(reader, batch)
+    mask = find_mask(batch, decoded="decoder" in reader.member.tensor.split("."))
     rows = values.reshape(-1, values.shape[-1])
     if mask is not None and (values.shape[:-1] == mask.shape or (values.dim() == 2 and len(values) == mask.numel())):
         rows = rows[mask.to(rows.device).flatten()]
@@ -97,10 +97,18 @@ def take_rows(values: torch.Tensor, reader: Reader, batch: Mapping[str, Any]) ->
     return rows
 
 
-def _find_mask(reader: Reader, batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """The positions that count, shape `[samples, positions]`: in a decoder with an encoder those of the decoder."""
-    labels, decodes = batch.get("labels"), "decoder_input_ids" in batch or "labels" in batch
-    if decodes and "decoder" in reader.member.tensor.split("."):
+def find_mask(batch: Mapping[str, Any], *, decoded: bool) -> torch.Tensor | None:
+    """The positions that count.
+
+    Args:
+        batch: What the model was given.
+        decoded: Whether those of the decoder are asked for, where there is one with an encoder.
+
+    Returns:
+        Booleans of shape `[samples, positions]`; None if nothing says which count.
+    """
+    labels = batch.get("labels")
+    if decoded and ("decoder_input_ids" in batch or "labels" in batch):
         mask = batch.get("decoder_attention_mask")
         if mask is None and labels is not None and labels.dim() == 2:
             mask = labels != IGNORED

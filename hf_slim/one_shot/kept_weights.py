@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -16,8 +16,23 @@ from ..proof import Snapshot
 from ..structures import get_tensor
 
 
+def finish(action: Callable[[], None]) -> None:
+    """Do what must be done at the end; if an interrupt falls into it, once more, before that is raised.
+
+    Args:
+        action: What can be done twice.
+    """
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
+
+
 class KeptWeights:
     """Puts a model back as it was, bit for bit, if anything is raised in it.
+
+    When nothing was raised in it, all is done: an interrupt while the files are deleted leaves the model changed.
 
     Args:
         model: The model. Its weights are written to a temporary file each, so that they take no memory.
@@ -52,11 +67,14 @@ class KeptWeights:
         """Put all back where something was raised, and delete the files."""
         try:
             if error is not None:
-                self._snapshot.put_back()
-                for name, path in self._files.items():
-                    self._restore(name, load_file(path)["tensor"])
+                finish(self._put_back)
         finally:
-            self._folder.cleanup()
+            finish(self._folder.cleanup)
+
+    def _put_back(self) -> None:
+        self._snapshot.put_back()
+        for name, path in self._files.items():
+            self._restore(name, load_file(path)["tensor"])
 
     @torch.no_grad()
     def _restore(self, name: str, values: torch.Tensor) -> None:

@@ -12,6 +12,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from .kept_weights import finish
+
+_BEGIN = 1.0
+"""Seconds in which a thread that was asked to begin has begun, if it ever does."""
+
 
 class _Cancelled(BaseException):
     """Ends a pass that nobody needs any more."""
@@ -38,13 +43,15 @@ class PausedPass(threading.Thread):
         self._inputs: tuple[Any, Any] = ((), {})
         self._context = contextvars.copy_context()
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._asked, self._begun = False, threading.Event()
         self._error: BaseException | None = None
         self._cancelled = False
 
     def advance(self) -> None:
         """Let it run until it waits at a module, or ends; raises what it raises."""
         self.module, self._inputs = None, ((), {})
-        if self.ident is None:
+        if not self._asked:
+            self._asked = True
             self.start()
         else:
             self._go.release()
@@ -74,14 +81,16 @@ class PausedPass(threading.Thread):
         self._cancelled = True
         self.module, self._inputs = None, ((), {})
         self._go.release()
-        if self.ident is not None:
+        if self._begun.wait(_BEGIN if self._asked else 0):  # an interrupt within `start` may be faster than the thread
             self.join()
 
     def run(self) -> None:
         """What the thread does."""
+        self._begun.set()
         try:
             with torch.no_grad():
-                self._context.run(self._call)
+                if not self._cancelled:
+                    self._context.run(self._call)
         except _Cancelled:
             pass
         except BaseException as error:  # raised again by `advance`, in the thread that waits
@@ -155,4 +164,4 @@ def paused(*args: Any) -> Iterator[PausedPasses]:
         passes.start()
         yield passes
     finally:
-        passes.close()
+        finish(passes.close)

@@ -11,18 +11,20 @@ from torch import nn
 from transformers.utils import logging
 
 from ..arguments import SlimConfig
-from ..compaction import find_pretrained, find_proof, name_unproven, remove_units, zero_units
+from ..compaction import find_pretrained, find_proof, remove_units, zero_units
 from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
+from ..proof import keeping_random_state
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
 from ..structures import REMEDY, Structure, count_left, find_structures, has_adapters, require_structures
-from ..training import Plan, make_plan
-from .calibration_batches import Calibration, make_batches
+from ..training import Plan, make_plan, refuse_attached
+from .calibration_batches import Calibration, has_decoder, make_batches
 from .kept_weights import KeptWeights
 from .methods import METHODS, Masks, MethodName
 
 logger = logging.get_logger(__name__)
 
 
+@keeping_random_state()
 def slim(
     model: nn.Module,
     dataset: Any,
@@ -40,7 +42,8 @@ def slim(
     last: what the layer behind the units reads (FFN2, output projection) says which units cost least, and the weights
     that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
     next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
-    on disk meanwhile; if anything is raised, it is as it was, bit for bit. The slim model computes what the model
+    on disk meanwhile; if anything is raised, it is as it was, bit for bit, but for an interrupt in the moment in which
+    the files on disk are deleted, when all is done. The slim model computes what the model
     with zeros in place of its units does, which is compared on a sample.
 
     Save the result by `save_pretrained`, or train it first.
@@ -80,17 +83,18 @@ def slim(
         max_seq_length=max_seq_length,
         batch_size=batch_size,
         data_collator=data_collator,
-        with_labels=method == "taylor" or _has_decoder(model),
+        with_labels=method == "taylor" or has_decoder(model),
     )
     structures = require_structures(model, find_structures(model))
     before = count_parameters(model), count_bytes(model)
     with KeptWeights(model) as kept:
         masks = METHODS[method](model, plan, data, kept)
         unproven = _remove(model, structures, masks, data)
-    kept_units = {s.name: count_left(model, s) for s in structures}
-    sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
-    budget = plan.report_budget(kept_units)
-    return SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
+        kept_units = {s.name: count_left(model, s) for s in structures}
+        sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
+        budget = plan.report_budget(kept_units)
+        report = SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
+    return report
 
 
 def _check_model(model: Any) -> nn.Module:
@@ -99,6 +103,7 @@ def _check_model(model: Any) -> nn.Module:
     if has_adapters(model):
         raise ValueError(f"slim cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     refuse_strategy(model)
+    refuse_attached(extract_model_from_parallel(model, keep_torch_compile=False))
     if is_spread(model) or is_dispatched(model):
         raise ValueError("slim needs the whole model on one device: load it without a device_map, or gather it first.")
     return extract_model_from_parallel(model, keep_torch_compile=False)
@@ -121,11 +126,6 @@ def _make_plan(model: nn.Module, config: Any) -> Plan:
     return plan
 
 
-def _has_decoder(model: nn.Module) -> bool:
-    """Whether labels make the inputs of a decoder behind an encoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 @torch.no_grad()
 def _remove(model: nn.Module, structures: tuple[Structure, ...], masks: Masks, data: Calibration) -> tuple[str, ...]:
     """Remove the units that are zero now, and compare with the model that has zeros, on a sample."""
@@ -133,8 +133,18 @@ def _remove(model: nn.Module, structures: tuple[Structure, ...], masks: Masks, d
     zero_units(model, structures, whole)  # buffers, which a forward pass is not to change, are as before
     parts = find_pretrained(model)
     own = not parts or parts[0] is model
-    proof = find_proof(model, data.sample if own else True)
+    try:
+        proof = find_proof(model, data.sample if own else True)
+    except ValueError as error:
+        inputs = f"the first sample of the data set, with {', '.join(data.sample)}" if own else "inputs made for it"
+        raise ValueError(
+            f"{type(model).__name__} cannot run on {inputs}, so that what it computes cannot be compared: "
+            f"{error.__cause__ or error}"
+        ) from error
     unproven = remove_units(model, structures, whole, proof)
     if unproven:
-        logger.warning(f"slim: {name_unproven(unproven)}")
+        logger.warning(
+            f"slim: the first sample does not reach {', '.join(unproven)}, so it is not proven that the slimmed model "
+            "computes the same there. Let the data begin with one that does."
+        )
     return unproven

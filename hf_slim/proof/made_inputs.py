@@ -150,13 +150,24 @@ def _run_plainly(model: nn.Module) -> None:
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Begin with the same random numbers every time, and go on with the old ones afterwards."""
+    with keeping_random_state():
+        torch.manual_seed(SEED)
+        random.seed(SEED)
+        numpy.random.seed(SEED)
+        yield
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Let random numbers go on afterwards as if none had been drawn.
+
+    Yields:
+        Nothing.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     states = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(SEED)
-            random.seed(SEED)
-            numpy.random.seed(SEED)
             yield
     finally:
         random.setstate(states[0])

@@ -3,6 +3,7 @@
 `SlimTrainerCallback` is the door of the Trainer, `Slimmer` the state of one training behind it.
 """
 
+from .attached_optimizer import refuse_attached
 from .auto_slim_entries import parse_auto_slim_config
 from .callback import SlimTrainerCallback, add_sparsities, refuse_several
 from .captured_batch import find_entries

@@ -1,8 +1,13 @@
 """One-shot slimming: what is computed, what is refused, and that nothing is left behind."""
 
 import copy
+import random
+import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +15,7 @@ import torch
 from conftest import FAMILIES, build, logits, make_batch
 from datasets import Dataset, IterableDataset
 from tiny import build_tiny
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
@@ -21,10 +26,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_slim import SlimConfig, save_slimmed, slim
+from hf_slim import SlimConfig, Slimmer, save_slimmed, slim
 from hf_slim.cli.tokenizer import make_byte_tokenizer
 from hf_slim.one_shot import methods
 from hf_slim.one_shot.brain_surgery import DAMPING
+from hf_slim.one_shot.calibration_batches import cut_batch
+from hf_slim.one_shot.kept_weights import KeptWeights
+from hf_slim.one_shot.output_error import OutputError
+from hf_slim.one_shot.paused_passes import PausedPass, PausedPasses
 from hf_slim.proof import VerificationError, make_inputs
 
 HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
@@ -178,6 +187,38 @@ def test_padding_does_not_count() -> None:
         torch.testing.assert_close(padded.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("model_type", ["llama", "t5"])
+def test_what_stands_in_padded_positions_makes_no_difference(model_type: str, scope: str) -> None:
+    states = []
+    for padding in (0, 7):
+        model = build(model_type)
+        rows = make_rows(model)
+        for number, row in enumerate(rows):
+            length = row["input_ids"].shape[0]
+            row["attention_mask"] = (torch.arange(length) < 2 + number % 3).long()
+            row["input_ids"] = torch.where(row["attention_mask"] == 1, row["input_ids"], padding)
+        config = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=1, slim_scope=scope)
+        slim(model, rows, config, num_calibration_samples=24)
+        states.append(state_of(model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_error_of_outputs_leaves_out_padding_of_encoder_and_decoder() -> None:
+    model = build("t5")
+    batch = make_batch(model)
+    batch["attention_mask"] = torch.tensor([[1, 1, 0, 0, 0, 0, 0]] * 2)[:, : batch["input_ids"].shape[1]]
+    batch["decoder_attention_mask"] = (torch.arange(batch["labels"].shape[1]) < 3).long().expand(2, -1)
+    error = OutputError(model, batch)
+    rows, wide = (error._outputs[name] for name in ("encoder_last_hidden_state", "logits"))
+    rows[:, 2:] += 1.0
+    wide[:, 3:] += 1.0
+    assert error.measure() == 0
+    wide[:, 2] += 1.0
+    assert error.measure() > 0
+
+
 def test_a_frozen_model_in_half_precision_is_slimmed_and_stays_so() -> None:
     model = build("gpt2").to(torch.bfloat16).requires_grad_(False).train()
     rows = make_rows(model)
@@ -249,6 +290,7 @@ def test_every_kind_of_data_gives_the_same() -> None:
         "named": named,
         "dataset": Dataset.from_list(named),
         "iterable": IterableDataset.from_generator(lambda: iter(named)),
+        "indexed": Subset(rows, range(24)),
         "loader": DataLoader(rows, batch_size=8, collate_fn=default_data_collator),
     }
     states = {}
@@ -260,6 +302,30 @@ def test_every_kind_of_data_gives_the_same() -> None:
         assert states[name].keys() == states["tensors"].keys()
         for key, value in states["tensors"].items():
             torch.testing.assert_close(states[name][key], value, msg=f"{name}: {key}")
+
+
+def join(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples whose image patches are one after the other, which is how models for images and text take them."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_batches_whose_tensors_have_not_one_entry_for_each_sample_are_not_cut(as_loader: bool) -> None:
+    model = build_tiny("qwen2_vl", "AutoModelForImageTextToText")
+    row = make_inputs(model)
+    assert len(row["pixel_values"]) > 1
+    data = DataLoader([row] * 6, batch_size=4, collate_fn=join) if as_loader else [row] * 6
+    config = SlimConfig(ffn2_sparsity=0.5, slim_round_to=1)
+    report = slim(model, data, config, num_calibration_samples=5, batch_size=5, data_collator=join)
+    assert report.parameters_after < report.parameters_before and report.unproven == ()
+
+
+def test_a_batch_is_cut_by_samples_or_not_at_all() -> None:
+    batch = {"input_ids": torch.ones(4, 3), "scale": torch.tensor(2.0), "name": "x"}
+    assert cut_batch(batch, 2)["input_ids"].shape == (2, 3)
+    assert cut_batch(batch, 2)["scale"] == 2 and cut_batch(batch, 2)["name"] == "x"
+    whole = cut_batch({**batch, "pixel_values": torch.ones(12, 5)}, 2)
+    assert whole["input_ids"].shape == (4, 3) and whole["pixel_values"].shape == (12, 5)
 
 
 def test_only_the_first_samples_are_taken_cut_and_collated() -> None:
@@ -304,7 +370,42 @@ def test_the_surgery_needs_no_labels_and_taylor_does() -> None:
     slim(model, rows, HALF, num_calibration_samples=24)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_without_inputs_is_told_as_such(method: str) -> None:
+    model = build("t5")
+    rows = [{"input_ids": row["input_ids"]} for row in make_rows(model)]
+    with pytest.raises(ValueError, match="has no labels and no decoder_input_ids, one of which the decoder of T5"):
+        slim(model, rows, HALF, num_calibration_samples=24, method=method)
+
+
+def test_what_the_model_cannot_run_on_is_told_without_keywords_that_slim_has_not() -> None:
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="cannot run on the first sample of the data set, with input_ids") as caught:
+        slim(model, [{"input_ids": [1000]}] * 24, HALF, num_calibration_samples=24, method="magnitude")
+    assert "verify" not in str(caught.value)
+
+
+@pytest.mark.parametrize("samples", [24, 25])
+def test_random_numbers_go_on_as_if_none_had_been_drawn(samples: int) -> None:
+    model = build("gpt2")
+    loader = DataLoader(make_rows(model), batch_size=8, shuffle=True, collate_fn=default_data_collator)
+    states = torch.get_rng_state(), random.getstate()
+    with nullcontext() if samples == 24 else pytest.raises(ValueError, match="asks for more"):
+        slim(model, loader, HALF, num_calibration_samples=samples)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
 # ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_model_that_a_slimmer_in_a_loop_slims_is_refused() -> None:
+    model = build("gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slimmer = Slimmer(model, SlimConfig(ffn2_sparsity=0.5, slim_round_to=8), 10).attach(optimizer)
+    with pytest.raises(ValueError, match="A Slimmer is attached to SGD, the optimizer of this model"):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    slimmer.detach()
+    slim(model, make_rows(model), HALF, num_calibration_samples=24)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +513,62 @@ def test_an_error_within_a_forward_pass_is_raised_and_ends_all_passes(error: typ
         slim(model, make_rows(model), HALF, num_calibration_samples=24)
     handle.remove()
     assert_same(model, state)
+
+
+def test_an_interrupt_while_a_thread_begins_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    state, ran, begin = state_of(model), [], threading.Thread._bootstrap
+    monkeypatch.setattr(PausedPasses, "_make_call", lambda *args: lambda: ran.append(1))
+
+    def begin_late(thread: threading.Thread) -> None:
+        time.sleep(0.2)
+        begin(thread)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
+
+    def start(thread: threading.Thread) -> None:
+        thread._started, whole = Interrupted(), thread._started
+        try:
+            original(thread)
+        finally:
+            thread._started = whole
+
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "_bootstrap", begin_late)
+    monkeypatch.setattr(PausedPass, "start", start, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_slim-pass"]
+    assert not ran
+    assert_same(model, state)
+
+
+@pytest.mark.parametrize("at", ["_restore", "_put_back", "rmtree"])
+def test_an_interrupt_while_all_is_put_back_does_not_stop_it(at: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, calls = build("gpt2"), []
+    state = state_of(model)
+    owner, name = (shutil if at == "rmtree" else KeptWeights), at
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr("hf_slim.one_shot.slimming.remove_units", fail_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24, method="magnitude")
+    assert_same(model, state)
+    assert not list(tmp_path.iterdir())
+
+
+def fail_at_once(*args, **kwargs) -> None:
+    raise RuntimeError("stopped")
 
 
 def test_a_slim_model_that_computes_something_else_is_refused_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

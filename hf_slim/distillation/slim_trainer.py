@@ -136,6 +136,7 @@ class SlimTrainerMixin:
                     f"{', '.join(asked)}, but there is no teacher: name one as slim_teacher or pass teacher_model, or "
                     "leave what is about teachers at its defaults."
                 )
+            _refuse_forgotten(state)
             return
         if self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError(
@@ -243,22 +244,36 @@ def find_settings(arguments: Any, callbacks: Iterable[TrainerCallback]) -> SlimC
     return SlimConfig.from_arguments(arguments) if isinstance(arguments, SlimArgumentsMixin) else SlimConfig()
 
 
-def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback]) -> None:
-    """Refuse settings that are about a teacher where nothing would ask one.
+def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback], state: TrainerState) -> None:
+    """Refuse settings that are about a teacher, and checkpoints made with one, where nothing would ask one.
 
     Args:
         arguments: Those of a trainer.
         callbacks: Those of the trainer.
+        state: That of the trainer, in which a checkpoint tells with which teacher it was made.
 
     Raises:
-        ValueError: If a field about teachers is not at its default, and the trainer has no `SlimTrainerMixin`.
+        ValueError: If a field about teachers is not at its default, or the checkpoint was made with a teacher, and the
+            trainer has no `SlimTrainerMixin`.
     """
     callbacks = list(callbacks)
+    if any(isinstance(callback, TeacherCallback) for callback in callbacks):
+        return
+    _refuse_forgotten(state)
     asked = find_teacher_fields(find_settings(arguments, callbacks))
-    if asked and not any(isinstance(callback, TeacherCallback) for callback in callbacks):
+    if asked:
         raise ValueError(
             f"{', '.join(asked)}, but the trainer asks no teacher, so nothing would be learnt from it: train with "
             "SlimTrainer, or with class My(SlimTrainerMixin, YourTrainer)."
+        )
+
+
+def _refuse_forgotten(state: TrainerState) -> None:
+    if state.global_step > 0 and _STATE in state.stateful_callbacks:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was trained with a teacher, and this trainer has none. Resume "
+            "with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to go on "
+            "without, load the checkpoint's model with from_pretrained and begin a new training."
         )
 
 

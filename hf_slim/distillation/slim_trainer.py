@@ -271,8 +271,8 @@ def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback], state:
 def _refuse_forgotten(state: TrainerState) -> None:
     if state.global_step > 0 and _STATE in state.stateful_callbacks:
         raise ValueError(
-            f"The checkpoint of step {state.global_step} was trained with a teacher, and this trainer has none. Resume "
-            "with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to go on "
+            f"The checkpoint of step {state.global_step} was trained with a teacher, and this trainer has none. "
+            "Resume with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to go on "
             "without, load the checkpoint's model with from_pretrained and begin a new training."
         )
 

@@ -78,7 +78,7 @@ class _Watch:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Begin a call, and say with which keyword arguments it is made."""
-        is_outer = not any(_is_transformer(call.module) for call in self._open)
+        is_outer = not any(is_transformer(call.module) for call in self._open)
         # Modules of sentence-transformers write into the dictionary that they are given.
         kept = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
         call = Call(path, module, kept, dict(kwargs))
@@ -88,7 +88,7 @@ class _Watch:
         elif is_kept:
             self._calls.append(call)
         self._open.append(call)
-        if not (self._hidden and is_outer and is_kept and _is_transformer(module)):
+        if not (self._hidden and is_outer and is_kept and is_transformer(module)):
             return kwargs
         _require_hidden_states(module)
         return {**kwargs, "output_hidden_states": True}
@@ -139,7 +139,8 @@ def _watch_hooked(module: nn.Module, watch: _Watch) -> Iterator[None]:
             handle.remove()
 
 
-def _is_transformer(module: nn.Module) -> bool:
+def is_transformer(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, compiled or not."""
     return isinstance(getattr(module, "_orig_mod", module), PreTrainedModel)
 
 

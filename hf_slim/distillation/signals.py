@@ -48,7 +48,9 @@ def find_signals(call: Call, *, hidden: bool, last: bool) -> Signals:
     outer = next((c for c in call.walk() if is_transformer(c.module)), call)
     if isinstance(outer.output, tuple):  # the models in it have names, but what they give is not what this one says
         outputs = []
-    signals = {} if not outputs else _find_logits(outputs) or _find_logits(_complete(call)) or _find_embeddings(outputs)
+    signals = (
+        {} if not outputs else _find_logits(outputs) or _find_logits(_complete(call)) or _find_embeddings(outputs)
+    )
     if not signals:
         names = sorted({name for output in outputs for name in output}) or "no named outputs"
         raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +56,12 @@ class SlimTrainerMixin:
         self._given_teacher = teacher_model
         self._distiller: Distiller | None = None
         self._losses = _Losses()
+        self._is_asked = False
         settings = find_settings(self.args, callbacks)
         _refuse_names(settings, teacher_model)
         if teacher_model is not None and self.model is not None:
             check_teacher(teacher_model, self.model)
+        own.compute_loss = functools.partial(self._teach, own.compute_loss)  # whichever class it is from
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the other class does; "self" is the model as it is now, before a checkpoint is loaded."""
@@ -84,32 +87,26 @@ class SlimTrainerMixin:
                 self._take_teacher(name)
         return model
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The loss of the other class, weighted with that to the teacher while the model is trained."""
+    def _teach(self, compute: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss that the trainer computes, weighted with that to the teacher while the model is trained."""
         own: Any = self
-        parent: Any = super()
-        keywords = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
         distiller = self._distiller
         if distiller is None or not torch.is_grad_enabled() or not own.is_in_train:
-            return parent.compute_loss(model, inputs, **keywords)
+            return compute(model, inputs, *args, **kwargs)
+        keywords = {**dict(zip(("return_outputs", "num_items_in_batch"), args, strict=False)), **kwargs}
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # which it may take out
         with distiller.watch(model) as calls:
-            result = parent.compute_loss(model, inputs, **keywords)
-        task, *others = result if return_outputs else (result,)
-        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else num_items_in_batch
+            result = compute(model, inputs, **keywords)
+        self._is_asked = True
+        task, *others = result if isinstance(result, tuple) else (result,)
+        total = keywords.get("num_items_in_batch")
+        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else total
         distance = distiller.measure(calls, labels, total)
         if total is not None and self.args.average_tokens_across_devices:
             distance = distance * self.accelerator.num_processes  # whose gradients are averaged
         self._losses.add(task, distance, 1 if self._is_scaled(total) else own.current_gradient_accumulation_steps)
         loss = distiller.combine(task, distance.to(task.device))
-        return (loss, *others) if return_outputs else loss
+        return (loss, *others) if isinstance(result, tuple) else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the two parts of the training loss where there is one: `task_loss` and `distill_loss`."""
@@ -156,6 +153,20 @@ class SlimTrainerMixin:
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
         self._losses = _Losses(state.global_step)
+        self._is_asked = False
+
+    def refuse_unasked(self) -> None:
+        """Refuse a training that takes a step without asking its teacher.
+
+        Raises:
+            ValueError: If there is a teacher, and the loss of no batch was computed by `compute_loss`.
+        """
+        if self._distiller is not None and not self._is_asked:
+            raise ValueError(
+                f"The teacher was not asked: a step of {type(self).__name__} does not call the compute_loss that the "
+                "trainer was built with. Let training_step call self.compute_loss, or put SlimTrainerMixin first: "
+                "class My(SlimTrainerMixin, YourTrainer)."
+            )
 
     def keep_no_more(self) -> None:
         """End the epoch whose rows are kept with what the teacher says of them."""
@@ -194,6 +205,12 @@ class TeacherCallback(TrainerCallback):
         """Bring teacher and model together."""
         self._epochs = 1 if state.global_step == 0 else 2  # the rest of one, and a whole one
         self.trainer.begin_teaching(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a training that does not ask its teacher."""
+        self.trainer.refuse_unasked()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

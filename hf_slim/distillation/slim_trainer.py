@@ -14,7 +14,16 @@ from transformers.training_args import ParallelMode
 from ..arguments import SlimArgumentsMixin, SlimConfig, find_teacher_fields
 from ..training import SlimTrainerCallback
 from .distiller import Distiller
-from .teachers import DENSE, SELF, check_teacher, copy_teacher, load_teacher, make_fingerprint, warn_untrained
+from .teachers import (
+    DENSE,
+    SELF,
+    check_teacher,
+    convert_teacher,
+    copy_teacher,
+    load_teacher,
+    make_fingerprint,
+    warn_untrained,
+)
 
 _STATE = "slim_teacher"
 """Under which name `trainer_state.json` holds what tells the teacher from another one."""
@@ -30,7 +39,7 @@ class SlimTrainerMixin:
     Args:
         *args: What the other class takes.
         teacher_model: The teacher, a model of the same kind, which is put into evaluation mode, moved to the trainer's
-            device and left as it is otherwise; or nothing, and `slim_teacher` in the arguments names one.
+            device and left as it is otherwise (with `slim_teacher_dtype` a copy is taken); or nothing, and `slim_teacher` in the arguments names one.
         **kwargs: What the other class takes.
 
     Raises:
@@ -141,14 +150,18 @@ class SlimTrainerMixin:
                 "GPUs: start with torchrun or accelerate launch, or make one GPU visible."
             )
         autocast = self.accelerator.autocast
-        fingerprint = make_fingerprint(self.teacher_model)
-        if not hasattr(self.teacher_model, "hf_device_map"):
-            self.teacher_model.to(self.args.device)
-        self._distiller = Distiller(self.teacher_model, self.model, settings, autocast=autocast)
+        teacher = self.teacher_model
+        if settings.slim_teacher_dtype is not None:
+            is_given = teacher is self._given_teacher  # which stays as it is
+            teacher = convert_teacher(teacher, settings.slim_teacher_dtype, is_copied=is_given)
+        fingerprint = make_fingerprint(teacher)
+        if not hasattr(teacher, "hf_device_map"):
+            teacher.to(self.args.device)
+        self._distiller = Distiller(teacher, self.model, settings, autocast=autocast)
         if state.global_step > 0 and stored is not None and stored != {"fingerprint": fingerprint}:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} was trained with another teacher. Give the trainer the "
-                "same teacher_model; with slim_teacher='self' the model that the training began with, not that of the "
+                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training began with, not that of the "
                 "checkpoint. Where its head is made up anew each time, save it before, and name its folder."
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
@@ -289,8 +302,8 @@ def _refuse_forgotten(state: TrainerState) -> None:
     if state.global_step > 0 and _STATE in state.stateful_callbacks:
         raise ValueError(
             f"The checkpoint of step {state.global_step} was trained with a teacher, and this trainer has none. "
-            "Resume with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to go on "
-            "without, load the checkpoint's model with from_pretrained and begin a new training."
+            "Resume with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to "
+            "go on without, load the checkpoint's model with from_pretrained and begin a new training."
         )
 
 

@@ -22,7 +22,7 @@ _INSTEAD = "Save the model, and name its folder as slim_teacher or pass it as te
 
 
 @torch.no_grad()
-def copy_teacher(model: nn.Module) -> nn.Module:
+def copy_teacher(model: nn.Module, field: str = "slim_teacher='self'", instead: str = _INSTEAD) -> nn.Module:
     """Copy a model as it is, with weights and a config of its own.
 
     What else a module around the transformers models holds is shared with the copy: it may hold on to a trainer and
@@ -30,6 +30,8 @@ def copy_teacher(model: nn.Module) -> nn.Module:
 
     Args:
         model: The model.
+        field: The setting that asks for a copy, for the message.
+        instead: What to do where it cannot be copied, for the message.
 
     Returns:
         The copy, without gradients.
@@ -39,8 +41,8 @@ def copy_teacher(model: nn.Module) -> nn.Module:
     """
     if is_spread(model) or any(map(is_dispatched, find_pretrained(model))):
         raise ValueError(
-            f"slim_teacher='self': {type(model).__name__} is spread over processes, devices or files, and cannot be "
-            f"copied. {_INSTEAD}"
+            f"{field}: {type(model).__name__} is spread over processes, devices or files, and cannot be copied. "
+            f"{instead}"
         )
     inside = {module for part in find_pretrained(model) for module in part.modules()}
     memo: dict[int, Any] = {}
@@ -52,6 +54,25 @@ def copy_teacher(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         module.__dict__.pop("forward", None)
     return copied.requires_grad_(False)
+
+
+def convert_teacher(teacher: nn.Module, name: str, *, is_copied: bool) -> nn.Module:
+    """Give a teacher another type.
+
+    Args:
+        teacher: The teacher.
+        name: That of the type.
+        is_copied: Whether a copy is converted, and the teacher itself stays as it is.
+
+    Returns:
+        The teacher or the copy.
+
+    Raises:
+        ValueError: If it is to be copied, and this process has not got all of its weights.
+    """
+    if is_copied:
+        teacher = copy_teacher(teacher, f"slim_teacher_dtype={name!r}", "Load the teacher in that type (dtype=...).")
+    return teacher.to(getattr(torch, name))
 
 
 def load_teacher(name: str, model: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
 """A training that is resumed has the teacher that it had, and no other."""
 
 import pytest
+import torch
 from test_slim_trainer import make
-from trainers import EVERY, HALF, RUN, dropout_free, make_data
+from trainers import EVERY, HALF, RUN, dropout_free, make_data, weights
 from transformers import Trainer, TrainingArguments
 
 from hf_slim import SlimTrainer, SlimTrainerCallback
@@ -28,3 +29,23 @@ def test_a_teacher_may_be_added_when_resuming(tmp_path):
     trainer = make(dropout_free(), tmp_path, teacher_model=dropout_free(seed=3), **SAVED)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     assert sum("distill_loss" in entry for entry in trainer.state.log_history) == 3
+
+
+@pytest.mark.parametrize("how", ["given", "self"])
+def test_a_teacher_in_another_type_is_a_copy_and_known_again(how, tmp_path):
+    teacher = dropout_free(seed=3) if how == "given" else None
+    name = {} if teacher is not None else {"slim_teacher": "self"}
+    before = weights(teacher) if teacher is not None else {}
+    trainer = make(
+        dropout_free(), tmp_path, teacher_model=teacher, slim_teacher_dtype="bfloat16", **name, **SAVED
+    )
+    trainer.train()
+    expected = weights(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in trainer.model.state_dict().items())
+    if teacher is not None:
+        assert trainer.teacher_model is teacher
+        assert all(p.dtype == torch.float32 for p in teacher.parameters())
+        assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+    else:
+        assert {p.dtype for p in trainer.teacher_model.parameters()} == {torch.bfloat16}

@@ -94,6 +94,33 @@ def weigh(values: torch.Tensor, rows: torch.Tensor | None, total: torch.Tensor |
     return (values * rows).sum() / total.clamp(min=1)
 
 
+def make_probe(total: torch.Tensor | float) -> torch.Tensor:
+    """The same number as a tensor of which `depends_on` tells whether a loss was made from it."""
+    return torch.as_tensor(total).detach().to(torch.float32, copy=True).requires_grad_()
+
+
+def depends_on(loss: torch.Tensor, probe: torch.Tensor) -> bool:
+    """Whether a loss was divided by a number, or made from it in any other way.
+
+    Many models of transformers take `num_items_in_batch` and leave it unused, so that only the graph tells.
+
+    Args:
+        loss: The loss, with its graph.
+        probe: What `make_probe` gave.
+
+    Returns:
+        Whether the graph holds it.
+    """
+    found, seen = [loss.grad_fn], {loss.grad_fn}
+    for node in found:
+        if getattr(node, "variable", None) is probe:
+            return True
+        following = {other for other, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        found += following
+    return False
+
+
 def shifts_labels(module: nn.Module) -> bool:
     """Whether the loss of a model compares the label of each position with what the position before it says."""
     model: Any = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)

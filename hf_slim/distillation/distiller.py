@@ -65,16 +65,19 @@ class Distiller:
             )
         self._settings, self._model, self._autocast = settings, model, autocast
 
-    def watch(self, called: nn.Module | None = None) -> AbstractContextManager[list[Call]]:
+    def watch(
+        self, called: nn.Module | None = None, total: torch.Tensor | None = None
+    ) -> AbstractContextManager[list[Call]]:
         """See how the model is called while the loss of the task is computed.
 
         Args:
             called: What stands for the model where it is called.
+            total: What models are given in place of any `num_items_in_batch`.
 
         Returns:
             A context that gives the calls.
         """
-        return watch_calls(self._model, called, hidden=self._hidden or self._last)
+        return watch_calls(self._model, called, hidden=self._hidden or self._last, total=total)
 
     def combine(self, task: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """The loss that is trained: that of the task and that to the teacher, weighted."""

@@ -13,6 +13,7 @@ from transformers.training_args import ParallelMode
 
 from ..arguments import SlimArgumentsMixin, SlimConfig, find_teacher_fields
 from ..training import SlimTrainerCallback
+from .counted_items import depends_on, make_probe
 from .distiller import Distiller
 from .teachers import (
     DENSE,
@@ -66,6 +67,7 @@ class SlimTrainerMixin:
         self._distiller: Distiller | None = None
         self._losses = _Losses()
         self._is_asked = False
+        self._divides: bool | None = None  # whether the task's loss is divided by what accumulated batches count
         settings = find_settings(self.args, callbacks)
         _refuse_names(settings, teacher_model)
         if teacher_model is not None and self.model is not None:
@@ -104,13 +106,18 @@ class SlimTrainerMixin:
             return compute(model, inputs, *args, **kwargs)
         keywords = {**dict(zip(("return_outputs", "num_items_in_batch"), args, strict=False)), **kwargs}
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # which it may take out
-        with distiller.watch(model) as calls:
+        total = keywords.get("num_items_in_batch")
+        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else total
+        probe = None
+        if total is not None and self._divides is None:
+            probe = keywords["num_items_in_batch"] = make_probe(total)
+        with distiller.watch(model, probe) as calls:
             result = compute(model, inputs, **keywords)
         self._is_asked = True
         task, *others = result if isinstance(result, tuple) else (result,)
-        total = keywords.get("num_items_in_batch")
-        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else total
-        distance = distiller.measure(calls, labels, total)
+        if probe is not None:
+            self._divides = depends_on(task, probe)
+        distance = distiller.measure(calls, labels, total if self._divides else None)
         if total is not None and self.args.average_tokens_across_devices:
             distance = distance * self.accelerator.num_processes  # whose gradients are averaged
         self._losses.add(task, distance, 1 if self._is_scaled(total) else own.current_gradient_accumulation_steps)
@@ -166,7 +173,7 @@ class SlimTrainerMixin:
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
         self._losses = _Losses(state.global_step)
-        self._is_asked = False
+        self._is_asked, self._divides = False, None
 
     def refuse_unasked(self) -> None:
         """Refuse a training that takes a step without asking its teacher.

@@ -36,9 +36,7 @@ def test_a_teacher_in_another_type_is_a_copy_and_known_again(how, tmp_path):
     teacher = dropout_free(seed=3) if how == "given" else None
     name = {} if teacher is not None else {"slim_teacher": "self"}
     before = weights(teacher) if teacher is not None else {}
-    trainer = make(
-        dropout_free(), tmp_path, teacher_model=teacher, slim_teacher_dtype="bfloat16", **name, **SAVED
-    )
+    trainer = make(dropout_free(), tmp_path, teacher_model=teacher, slim_teacher_dtype="bfloat16", **name, **SAVED)
     trainer.train()
     expected = weights(trainer.model)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

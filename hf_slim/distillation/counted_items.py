@@ -23,11 +23,13 @@ class Counted(NamedTuple):
         rows: How many items of the task's loss each row has, of shape `[rows]`; None where that is one each.
         positions: The positions that have a label that counts, of the labels' shape; None without such labels.
         attended: The positions that are no padding, of shape `[rows, length]`; None where nothing says so.
+        targets: The shape of labels that are numbers with a decimal point; None of others.
     """
 
     rows: torch.Tensor | None
     positions: torch.Tensor | None
     attended: torch.Tensor | None
+    targets: torch.Size | None = None
 
 
 def count_items(call: Call, labels: Any) -> Counted:
@@ -54,7 +56,9 @@ def count_items(call: Call, labels: Any) -> Counted:
         return Counted(None, None, attended)
     counted = labels.ne(_IGNORED)
     rows = counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
-    return Counted(rows, None if labels.is_floating_point() else counted, attended)
+    if labels.is_floating_point():
+        return Counted(rows, None, attended, labels.shape)
+    return Counted(rows, counted, attended)
 
 
 def average(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .watched_calls import Call, is_transformer
 
 LAST_HIDDEN = "last_hidden"
+POSITION_LOGITS = ("start_logits", "end_logits")
 EMBEDDINGS = ("sentence_embedding", "token_embeddings")
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")

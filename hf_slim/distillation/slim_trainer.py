@@ -40,7 +40,8 @@ class SlimTrainerMixin:
     Args:
         *args: What the other class takes.
         teacher_model: The teacher, a model of the same kind, which is put into evaluation mode, moved to the trainer's
-            device and left as it is otherwise (with `slim_teacher_dtype` a copy is taken); or nothing, and `slim_teacher` in the arguments names one.
+            device and left as it is otherwise (with `slim_teacher_dtype` a copy is taken); or nothing, and
+            `slim_teacher` in the arguments names one.
         **kwargs: What the other class takes.
 
     Raises:
@@ -168,8 +169,9 @@ class SlimTrainerMixin:
         if state.global_step > 0 and stored is not None and stored != {"fingerprint": fingerprint}:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} was trained with another teacher. Give the trainer the "
-                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training began with, not that of the "
-                "checkpoint. Where its head is made up anew each time, save it before, and name its folder."
+                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training began "
+                "with, not that of the checkpoint. Where its head is made up anew each time, save it before, and name "
+                "its folder."
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
         self._losses = _Losses(state.global_step)

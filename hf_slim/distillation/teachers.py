@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import warnings
 from typing import Any
 
@@ -12,11 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compaction import find_pretrained
+from ..modeling_hf_slim import RECORD_KEY
 from ..parallel import is_dispatched, is_spread
 from .fresh_weights import find_untrained
 
 SELF, DENSE = "self", "dense"
 _SAMPLE = 64
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NO_MATTER = frozenset(
+    {
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "problem_type", "id2label", "label2id"),
+        *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "auto_map", RECORD_KEY),
+    }
+)
 _OWN = frozenset(nn.Module().__dict__)
 _INSTEAD = "Save the model, and name its folder as slim_teacher or pass it as teacher_model."
 
@@ -174,18 +183,41 @@ def make_fingerprint(teacher: nn.Module) -> str:
         teacher: The teacher.
 
     Returns:
-        A hash of the shapes and first values of its parameters.
+        A hash of its classes, its config and its parameters: their shapes, their first values, and the sums of all
+        bits of every row, which are whole numbers and so the same on every device.
     """
     digest = hashlib.sha256()
-    samples = []
+    for name, module in teacher.named_modules():
+        digest.update(f"{name} {type(module).__name__}".encode())
+    for part in find_pretrained(teacher):
+        digest.update(json.dumps(_prune(part.config.to_dict()), sort_keys=True, default=str).encode())
+    samples, sums = [], []
     for name, parameter in teacher.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
             samples.append(parameter.flatten()[:_SAMPLE].float())
-    for device in dict.fromkeys(sample.device for sample in samples):
-        values = torch.cat([sample for sample in samples if sample.device == device])
-        digest.update(values.cpu().numpy().tobytes())
+            sums += _sum_bits(parameter.data)
+    for tensors in (samples, sums):
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            values = torch.cat([tensor for tensor in tensors if tensor.device == device])
+            digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sum_bits(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The sums of the bits of every row; of tensors with an arithmetic of their own nothing."""
+    if type(tensor) is not torch.Tensor or not tensor.numel() or tensor.is_complex():
+        return []
+    bits = tensor.view(_WHOLE[tensor.element_size()])
+    return [bits.flatten(1).sum(1, dtype=torch.int64) if bits.dim() > 1 else bits.flatten().long()]
+
+
+def _prune(config: Any) -> Any:
+    """A config without what does not change what a model computes."""
+    if not isinstance(config, dict):
+        return config
+    kept = {str(name): value for name, value in config.items() if name not in _NO_MATTER}
+    return {name: _prune(value) for name, value in kept.items() if not name.startswith("_")}
 
 
 def _find_shared(teacher: nn.Module, model: nn.Module) -> str | None:

@@ -83,10 +83,10 @@ def _begin_trainer(begin: Callable[..., Any], handler: Any, /, *args: Any, **kwa
     return begin(handler, *args, **kwargs)
 
 
-def _begin_training(begin: Callable[..., Any], handler: Any, /, args: Any, *others: Any, **kwargs: Any) -> Any:
+def _begin_training(begin: Callable[..., Any], handler: Any, /, args: Any, state: Any, control: Any) -> Any:
     """Refuse a training that asks for a sparsity without one `SlimTrainerCallback`: nothing would be removed.
 
-    Nor would a teacher be asked by a trainer that knows of none.
+    Nor would a teacher be asked by a trainer that knows of none, although the checkpoint was made with one.
 
     This holds for whatever calls callbacks, also where a class has a `train` of its own, and for the arguments of
     every trial of a hyperparameter search.
@@ -94,8 +94,8 @@ def _begin_training(begin: Callable[..., Any], handler: Any, /, args: Any, *othe
     refuse_several(handler.callbacks)
     if not _is_slimming(handler):
         refuse_unused(args)
-    refuse_untaught(args, handler.callbacks)
-    return begin(handler, args, *others, **kwargs)
+    refuse_untaught(args, handler.callbacks, state)
+    return begin(handler, args, state, control)
 
 
 def _report_log(report: Callable[..., Any], handler: Any, /, args: Any, state: Any, control: Any, logs: Any) -> Any:

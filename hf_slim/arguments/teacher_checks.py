@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from .range_checks import check_number
 
 TEACHER_FIELDS = (
     *("slim_teacher", "slim_distill_weight", "slim_temperature", "slim_hidden_weight"),
     *("slim_distill_from", "slim_teacher_dtype", "slim_cache_teacher"),
 )
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_teacher_fields(values: Any) -> None:
@@ -45,9 +44,10 @@ def check_teacher_fields(values: Any) -> None:
             f"slim_teacher must be 'self', a folder or a Hub name, got {values.slim_teacher!r}: pass a model as "
             "SlimTrainer(..., teacher_model=model)."
         )
-    name = values.slim_teacher_dtype
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"slim_teacher_dtype must be a type such as 'bfloat16' or 'float32', got {name!r}.")
+    if values.slim_teacher_dtype is not None and values.slim_teacher_dtype not in _DTYPES:
+        raise ValueError(
+            f"slim_teacher_dtype must be one of {', '.join(_DTYPES)}, got {values.slim_teacher_dtype!r}: a teacher in "
+            "another type is loaded in it and passed as teacher_model."
+        )
     if not isinstance(values.slim_cache_teacher, bool):
         raise ValueError(f"slim_cache_teacher must be True or False, got {values.slim_cache_teacher!r}.")

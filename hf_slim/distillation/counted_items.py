@@ -23,11 +23,13 @@ class Counted(NamedTuple):
         rows: How many items of the task's loss each row has, of shape `[rows]`; None where that is one each.
         positions: The positions that have a label that counts, of the labels' shape; None without such labels.
         attended: The positions that are no padding, of shape `[rows, length]`; None where nothing says so.
+        targets: The shape of labels that are numbers with a decimal point; None of others.
     """
 
     rows: torch.Tensor | None
     positions: torch.Tensor | None
     attended: torch.Tensor | None
+    targets: torch.Size | None = None
 
 
 def count_items(call: Call, labels: Any) -> Counted:
@@ -54,7 +56,9 @@ def count_items(call: Call, labels: Any) -> Counted:
         return Counted(None, None, attended)
     counted = labels.ne(_IGNORED)
     rows = counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
-    return Counted(rows, None if labels.is_floating_point() else counted, attended)
+    if labels.is_floating_point():
+        return Counted(rows, None, attended, labels.shape)
+    return Counted(rows, counted, attended)
 
 
 def average(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -92,6 +96,33 @@ def weigh(values: torch.Tensor, rows: torch.Tensor | None, total: torch.Tensor |
     rows = rows.to(values)
     total = rows.sum() if total is None else torch.as_tensor(total, device=values.device)
     return (values * rows).sum() / total.clamp(min=1)
+
+
+def make_probe(total: torch.Tensor | float) -> torch.Tensor:
+    """The same number as a tensor of which `depends_on` tells whether a loss was made from it."""
+    return torch.as_tensor(total).detach().to(torch.float32, copy=True).requires_grad_()
+
+
+def depends_on(loss: torch.Tensor, probe: torch.Tensor) -> bool:
+    """Whether a loss was divided by a number, or made from it in any other way.
+
+    Many models of transformers take `num_items_in_batch` and leave it unused, so that only the graph tells.
+
+    Args:
+        loss: The loss, with its graph.
+        probe: What `make_probe` gave.
+
+    Returns:
+        Whether the graph holds it.
+    """
+    found, seen = [loss.grad_fn], {loss.grad_fn}
+    for node in found:
+        if getattr(node, "variable", None) is probe:
+            return True
+        following = {other for other, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        found += following
+    return False
 
 
 def shifts_labels(module: nn.Module) -> bool:

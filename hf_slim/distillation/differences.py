@@ -8,10 +8,17 @@ from torch import nn
 from .counted_items import Counted, average
 
 _EPSILON = 1e-12
+_NEVER = -1e9  # a logit of no probability, and finite, so that differences of two are
 
 
 def compare_logits(
-    model: torch.Tensor, teacher: torch.Tensor, counted: Counted, *, problem: str | None, temperature: float
+    model: torch.Tensor,
+    teacher: torch.Tensor,
+    counted: Counted,
+    *,
+    problem: str | None,
+    temperature: float,
+    over_positions: bool = False,
 ) -> torch.Tensor:
     """The divergence of a model's predictions from its teacher's, times the square of the temperature.
 
@@ -24,12 +31,17 @@ def compare_logits(
         problem: The `problem_type` of the config; for a regression, and wherever there is one output, the squared
             difference is taken, for several labels a divergence for each.
         temperature: What both are divided by.
+        over_positions: Whether the classes are the positions; those that are padding are none then.
 
     Returns:
         Averages of shape `[rows]`.
     """
     if model.dim() == 4:
         model, teacher = model.movedim(1, -1), teacher.movedim(1, -1)
+    attended = counted.attended
+    if over_positions and attended is not None and attended.shape == model.shape:
+        model, teacher = (logits.float().masked_fill(~attended, _NEVER) for logits in (model, teacher))
+        return _diverge(model, teacher, problem, temperature)
     mask = counted.positions
     if mask is not None and model.shape[:-1] == mask.shape:  # nothing is computed for what does not count
         values = _diverge(model[mask], teacher[mask], problem, temperature)

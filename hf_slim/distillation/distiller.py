@@ -16,7 +16,7 @@ from ..structures import get_module
 from .counted_items import Counted, count_items, weigh
 from .differences import compare_embeddings, compare_hidden, compare_logits, compare_squares
 from .kept_outputs import Inputs, KeptOutputs
-from .signals import EMBEDDINGS, LAST_HIDDEN, Signals, find_arguments, find_signals
+from .signals import EMBEDDINGS, LAST_HIDDEN, POSITION_LOGITS, Signals, find_arguments, find_signals
 from .teachers import check_teacher, refuse_other_size
 from .watched_calls import Call, watch_calls
 
@@ -65,16 +65,19 @@ class Distiller:
             )
         self._settings, self._model, self._autocast = settings, model, autocast
 
-    def watch(self, called: nn.Module | None = None) -> AbstractContextManager[list[Call]]:
+    def watch(
+        self, called: nn.Module | None = None, total: torch.Tensor | None = None
+    ) -> AbstractContextManager[list[Call]]:
         """See how the model is called while the loss of the task is computed.
 
         Args:
             called: What stands for the model where it is called.
+            total: What models are given in place of any `num_items_in_batch`.
 
         Returns:
             A context that gives the calls.
         """
-        return watch_calls(self._model, called, hidden=self._hidden or self._last)
+        return watch_calls(self._model, called, hidden=self._hidden or self._last, total=total)
 
     def combine(self, task: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """The loss that is trained: that of the task and that to the teacher, weighted."""
@@ -126,8 +129,12 @@ class Distiller:
             return compare_hidden(model, teacher, counted)
         problems = (getattr(part.config, "problem_type", None) for part in find_pretrained(self._model))
         problem = next(problems, None)
+        if problem is None and model.dim() == 2 and counted.targets == model.shape:  # as transformers takes them
+            problem = "multi_label_classification"
         temperature = self._settings.slim_temperature
-        return compare_logits(model, teacher, counted, problem=problem, temperature=temperature)
+        return compare_logits(
+            model, teacher, counted, problem=problem, temperature=temperature, over_positions=name in POSITION_LOGITS
+        )
 
     def _ask(self, call: Call) -> Signals:
         """What the teacher says of what the model was given."""
@@ -167,7 +174,8 @@ class Distiller:
                 raise ValueError(
                     f"The teacher, a {type(self.teacher).__name__}, gives {name} of another shape than the model that "
                     f"is trained: {shape} and {tuple(tensor.shape)}. It has another vocabulary, number of labels, "
-                    "depth or size: take one with the same."
+                    "depth or size, or one of the two has tokens that the other has not, such as the virtual tokens of "
+                    "prompt tuning: take one with the same."
                 )
             if not tensor.requires_grad:
                 raise ValueError(

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .watched_calls import Call
+from .watched_calls import Call, is_transformer
 
 LAST_HIDDEN = "last_hidden"
+POSITION_LOGITS = ("start_logits", "end_logits")
 EMBEDDINGS = ("sentence_embedding", "token_embeddings")
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
@@ -45,7 +46,12 @@ def find_signals(call: Call, *, hidden: bool, last: bool) -> Signals:
         )
     if last:
         return {LAST_HIDDEN: next(reversed(states.values()))[-1]}
-    signals = _find_logits(outputs) or _find_logits(_complete(call)) or _find_embeddings(outputs)
+    outer = next((c for c in call.walk() if is_transformer(c.module)), call)
+    if isinstance(outer.output, tuple):  # the models in it have names, but what they give is not what this one says
+        outputs = []
+    signals = (
+        {} if not outputs else _find_logits(outputs) or _find_logits(_complete(call)) or _find_embeddings(outputs)
+    )
     if not signals:
         names = sorted({name for output in outputs for name in output}) or "no named outputs"
         raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,18 @@ from transformers.training_args import ParallelMode
 
 from ..arguments import SlimArgumentsMixin, SlimConfig, find_asked, find_teacher_fields
 from ..training import SlimTrainerCallback
+from .counted_items import depends_on, make_probe
 from .distiller import Distiller
-from .teachers import DENSE, SELF, check_teacher, copy_teacher, load_teacher, make_fingerprint, warn_untrained
+from .teachers import (
+    DENSE,
+    SELF,
+    check_teacher,
+    convert_teacher,
+    copy_teacher,
+    load_teacher,
+    make_fingerprint,
+    warn_untrained,
+)
 
 _STATE = "slim_teacher"
 """Under which name `trainer_state.json` holds what tells the teacher from another one."""
@@ -29,7 +40,8 @@ class SlimTrainerMixin:
     Args:
         *args: What the other class takes.
         teacher_model: The teacher, a model of the same kind, which is put into evaluation mode, moved to the trainer's
-            device and left as it is otherwise; or nothing, and `slim_teacher` in the arguments names one.
+            device and left as it is otherwise (with `slim_teacher_dtype` a copy is taken); or nothing, and
+            `slim_teacher` in the arguments names one.
         **kwargs: What the other class takes.
 
     Raises:
@@ -55,10 +67,13 @@ class SlimTrainerMixin:
         self._given_teacher = teacher_model
         self._distiller: Distiller | None = None
         self._losses = _Losses()
+        self._is_asked = False
+        self._divides: bool | None = None  # whether the task's loss is divided by what accumulated batches count
         settings = find_settings(self.args, callbacks)
         _refuse_names(settings, teacher_model)
         if teacher_model is not None and self.model is not None:
             check_teacher(teacher_model, self.model)
+        own.compute_loss = functools.partial(self._teach, own.compute_loss)  # whichever class it is from
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the other class does; "self" is the model as it is now, before a checkpoint is loaded."""
@@ -84,32 +99,31 @@ class SlimTrainerMixin:
                 self._take_teacher(name)
         return model
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The loss of the other class, weighted with that to the teacher while the model is trained."""
+    def _teach(self, compute: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss that the trainer computes, weighted with that to the teacher while the model is trained."""
         own: Any = self
-        parent: Any = super()
-        keywords = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
         distiller = self._distiller
         if distiller is None or not torch.is_grad_enabled() or not own.is_in_train:
-            return parent.compute_loss(model, inputs, **keywords)
+            return compute(model, inputs, *args, **kwargs)
+        keywords = {**dict(zip(("return_outputs", "num_items_in_batch"), args, strict=False)), **kwargs}
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # which it may take out
-        with distiller.watch(model) as calls:
-            result = parent.compute_loss(model, inputs, **keywords)
-        task, *others = result if return_outputs else (result,)
-        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else num_items_in_batch
-        distance = distiller.measure(calls, labels, total)
+        total = keywords.get("num_items_in_batch")
+        total = None if getattr(self, "loss_is_scaled_for_ga", None) is False else total
+        probe = None
+        if total is not None and self._divides is None:
+            probe = keywords["num_items_in_batch"] = make_probe(total)
+        with distiller.watch(model, probe) as calls:
+            result = compute(model, inputs, **keywords)
+        self._is_asked = True
+        task, *others = result if isinstance(result, tuple) else (result,)
+        if probe is not None:
+            self._divides = depends_on(task, probe)
+        distance = distiller.measure(calls, labels, total if self._divides else None)
         if total is not None and self.args.average_tokens_across_devices:
             distance = distance * self.accelerator.num_processes  # whose gradients are averaged
         self._losses.add(task, distance, 1 if self._is_scaled(total) else own.current_gradient_accumulation_steps)
         loss = distiller.combine(task, distance.to(task.device))
-        return (loss, *others) if return_outputs else loss
+        return (loss, *others) if isinstance(result, tuple) else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the two parts of the training loss where there is one: `task_loss` and `distill_loss`."""
@@ -136,6 +150,7 @@ class SlimTrainerMixin:
                     f"{', '.join(asked)}, but there is no teacher: name one as slim_teacher or pass teacher_model, or "
                     "leave what is about teachers at its defaults."
                 )
+            _refuse_forgotten(state)
             return
         if self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError(
@@ -143,18 +158,37 @@ class SlimTrainerMixin:
                 "GPUs: start with torchrun or accelerate launch, or make one GPU visible."
             )
         autocast = self.accelerator.autocast
-        fingerprint = make_fingerprint(self.teacher_model)
-        if not hasattr(self.teacher_model, "hf_device_map"):
-            self.teacher_model.to(self.args.device)
-        self._distiller = Distiller(self.teacher_model, self.model, settings, autocast=autocast)
+        teacher = self.teacher_model
+        if settings.slim_teacher_dtype is not None:
+            is_given = teacher is self._given_teacher  # which stays as it is
+            teacher = convert_teacher(teacher, settings.slim_teacher_dtype, is_copied=is_given)
+        fingerprint = make_fingerprint(teacher)
+        if not hasattr(teacher, "hf_device_map"):
+            teacher.to(self.args.device)
+        self._distiller = Distiller(teacher, self.model, settings, autocast=autocast)
         if state.global_step > 0 and stored is not None and stored != {"fingerprint": fingerprint}:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} was trained with another teacher. Give the trainer the "
-                "same teacher_model; with slim_teacher='self' the model that the training began with, not that of the "
-                "checkpoint. Where its head is made up anew each time, save it before, and name its folder."
+                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training began "
+                "with, not that of the checkpoint. Where its head is made up anew each time, save it before, and name "
+                "its folder."
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
         self._losses = _Losses(state.global_step)
+        self._is_asked, self._divides = False, None
+
+    def refuse_unasked(self) -> None:
+        """Refuse a training that takes a step without asking its teacher.
+
+        Raises:
+            ValueError: If there is a teacher, and the loss of no batch was computed by `compute_loss`.
+        """
+        if self._distiller is not None and not self._is_asked:
+            raise ValueError(
+                f"The teacher was not asked: a step of {type(self).__name__} does not call the compute_loss that the "
+                "trainer was built with. Let training_step call self.compute_loss, or put SlimTrainerMixin first: "
+                "class My(SlimTrainerMixin, YourTrainer)."
+            )
 
     def keep_no_more(self) -> None:
         """End the epoch whose rows are kept with what the teacher says of them."""
@@ -193,6 +227,12 @@ class TeacherCallback(TrainerCallback):
         """Bring teacher and model together."""
         self._epochs = 1 if state.global_step == 0 else 2  # the rest of one, and a whole one
         self.trainer.begin_teaching(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a training that does not ask its teacher."""
+        self.trainer.refuse_unasked()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,22 +283,36 @@ def find_settings(arguments: Any, callbacks: Iterable[TrainerCallback]) -> SlimC
     return SlimConfig.from_arguments(arguments) if isinstance(arguments, SlimArgumentsMixin) else SlimConfig()
 
 
-def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback]) -> None:
-    """Refuse settings that are about a teacher where nothing would ask one.
+def refuse_untaught(arguments: Any, callbacks: Iterable[TrainerCallback], state: TrainerState) -> None:
+    """Refuse settings that are about a teacher, and checkpoints made with one, where nothing would ask one.
 
     Args:
         arguments: Those of a trainer.
         callbacks: Those of the trainer.
+        state: That of the trainer, in which a checkpoint tells with which teacher it was made.
 
     Raises:
-        ValueError: If a field about teachers is not at its default, and the trainer has no `SlimTrainerMixin`.
+        ValueError: If a field about teachers is not at its default, or the checkpoint was made with a teacher, and the
+            trainer has no `SlimTrainerMixin`.
     """
     callbacks = list(callbacks)
+    if any(isinstance(callback, TeacherCallback) for callback in callbacks):
+        return
+    _refuse_forgotten(state)
     asked = find_teacher_fields(find_settings(arguments, callbacks))
-    if asked and not any(isinstance(callback, TeacherCallback) for callback in callbacks):
+    if asked:
         raise ValueError(
             f"{', '.join(asked)}, but the trainer asks no teacher, so nothing would be learnt from it: train with "
             "SlimTrainer, or with class My(SlimTrainerMixin, YourTrainer)."
+        )
+
+
+def _refuse_forgotten(state: TrainerState) -> None:
+    if state.global_step > 0 and _STATE in state.stateful_callbacks:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was trained with a teacher, and this trainer has none. "
+            "Resume with a SlimTrainer (or SlimTrainerMixin) that is given the same teacher_model or slim_teacher; to "
+            "go on without, load the checkpoint's model with from_pretrained and begin a new training."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import warnings
 from typing import Any
 
@@ -12,17 +13,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compaction import find_pretrained
+from ..modeling_hf_slim import RECORD_KEY
 from ..parallel import is_dispatched, is_spread
 from .fresh_weights import find_untrained
 
 SELF, DENSE = "self", "dense"
 _SAMPLE = 64
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NO_MATTER = frozenset(
+    {
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "problem_type", "id2label", "label2id"),
+        *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "auto_map", RECORD_KEY),
+    }
+)
 _OWN = frozenset(nn.Module().__dict__)
 _INSTEAD = "Save the model, and name its folder as slim_teacher or pass it as teacher_model."
 
 
 @torch.no_grad()
-def copy_teacher(model: nn.Module) -> nn.Module:
+def copy_teacher(model: nn.Module, field: str = "slim_teacher='self'", instead: str = _INSTEAD) -> nn.Module:
     """Copy a model as it is, with weights and a config of its own.
 
     What else a module around the transformers models holds is shared with the copy: it may hold on to a trainer and
@@ -30,6 +39,8 @@ def copy_teacher(model: nn.Module) -> nn.Module:
 
     Args:
         model: The model.
+        field: The setting that asks for a copy, for the message.
+        instead: What to do where it cannot be copied, for the message.
 
     Returns:
         The copy, without gradients.
@@ -39,8 +50,8 @@ def copy_teacher(model: nn.Module) -> nn.Module:
     """
     if is_spread(model) or any(map(is_dispatched, find_pretrained(model))):
         raise ValueError(
-            f"slim_teacher='self': {type(model).__name__} is spread over processes, devices or files, and cannot be "
-            f"copied. {_INSTEAD}"
+            f"{field}: {type(model).__name__} is spread over processes, devices or files, and cannot be copied. "
+            f"{instead}"
         )
     inside = {module for part in find_pretrained(model) for module in part.modules()}
     memo: dict[int, Any] = {}
@@ -52,6 +63,25 @@ def copy_teacher(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         module.__dict__.pop("forward", None)
     return copied.requires_grad_(False)
+
+
+def convert_teacher(teacher: nn.Module, name: str, *, is_copied: bool) -> nn.Module:
+    """Give a teacher another type.
+
+    Args:
+        teacher: The teacher.
+        name: That of the type.
+        is_copied: Whether a copy is converted, and the teacher itself stays as it is.
+
+    Returns:
+        The teacher or the copy.
+
+    Raises:
+        ValueError: If it is to be copied, and this process has not got all of its weights.
+    """
+    if is_copied:
+        teacher = copy_teacher(teacher, f"slim_teacher_dtype={name!r}", "Load the teacher in that type (dtype=...).")
+    return teacher.to(getattr(torch, name))
 
 
 def load_teacher(name: str, model: nn.Module) -> nn.Module:
@@ -153,18 +183,41 @@ def make_fingerprint(teacher: nn.Module) -> str:
         teacher: The teacher.
 
     Returns:
-        A hash of the shapes and first values of its parameters.
+        A hash of its classes, its config and its parameters: their shapes, their first values, and the sums of all
+        bits of every row, which are whole numbers and so the same on every device.
     """
     digest = hashlib.sha256()
-    samples = []
+    for name, module in teacher.named_modules():
+        digest.update(f"{name} {type(module).__name__}".encode())
+    for part in find_pretrained(teacher):
+        digest.update(json.dumps(_prune(part.config.to_dict()), sort_keys=True, default=str).encode())
+    samples, sums = [], []
     for name, parameter in teacher.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
             samples.append(parameter.flatten()[:_SAMPLE].float())
-    for device in dict.fromkeys(sample.device for sample in samples):
-        values = torch.cat([sample for sample in samples if sample.device == device])
-        digest.update(values.cpu().numpy().tobytes())
+            sums += _sum_bits(parameter.data)
+    for tensors in (samples, sums):
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            values = torch.cat([tensor for tensor in tensors if tensor.device == device])
+            digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sum_bits(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The sums of the bits of every row; of tensors with an arithmetic of their own nothing."""
+    if type(tensor) is not torch.Tensor or not tensor.numel() or tensor.is_complex():
+        return []
+    bits = tensor.view(_WHOLE[tensor.element_size()])
+    return [bits.flatten(1).sum(1, dtype=torch.int64) if bits.dim() > 1 else bits.flatten().long()]
+
+
+def _prune(config: Any) -> Any:
+    """A config without what does not change what a model computes."""
+    if not isinstance(config, dict):
+        return config
+    kept = {str(name): value for name, value in config.items() if name not in _NO_MATTER}
+    return {name: _prune(value) for name, value in kept.items() if not name.startswith("_")}
 
 
 def _find_shared(teacher: nn.Module, model: nn.Module) -> str | None:

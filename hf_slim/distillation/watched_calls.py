@@ -45,7 +45,13 @@ class Call:
 
 
 @contextmanager
-def watch_calls(model: nn.Module, called: nn.Module | None = None, *, hidden: bool = False) -> Iterator[list[Call]]:
+def watch_calls(
+    model: nn.Module,
+    called: nn.Module | None = None,
+    *,
+    hidden: bool = False,
+    total: torch.Tensor | None = None,
+) -> Iterator[list[Call]]:
     """See the outermost calls of a model or of models in it that have a gradient, if gradients are on.
 
     Usually that is one call of the model. A loss may also call it several times, or a transformers model inside it.
@@ -54,12 +60,13 @@ def watch_calls(model: nn.Module, called: nn.Module | None = None, *, hidden: bo
         model: The model.
         called: What stands for it where it is called, if that is compiled.
         hidden: Whether transformers models are asked for their hidden states, too.
+        total: What models are given in place of any `num_items_in_batch`.
 
     Yields:
         The calls, which come as they are made.
     """
     calls: list[Call] = []
-    watch = _Watch(calls, hidden, torch.is_grad_enabled())
+    watch = _Watch(calls, hidden, torch.is_grad_enabled(), total)
     with ExitStack() as stack:
         if called is not None and is_compiled_module(called):
             stack.enter_context(_watch_hooked(called, watch))
@@ -72,13 +79,15 @@ def watch_calls(model: nn.Module, called: nn.Module | None = None, *, hidden: bo
 class _Watch:
     """The calls that have begun and not ended."""
 
-    def __init__(self, calls: list[Call], hidden: bool, with_grad: bool) -> None:
-        self._calls, self._hidden, self._with_grad = calls, hidden, with_grad
+    def __init__(self, calls: list[Call], hidden: bool, with_grad: bool, total: torch.Tensor | None) -> None:
+        self._calls, self._hidden, self._with_grad, self._total = calls, hidden, with_grad, total
         self._open: list[Call] = []
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Begin a call, and say with which keyword arguments it is made."""
-        is_outer = not any(_is_transformer(call.module) for call in self._open)
+        if self._total is not None and "num_items_in_batch" in kwargs:
+            kwargs = {**kwargs, "num_items_in_batch": self._total}  # wrappers may have cast that which they were given
+        is_outer = not any(is_transformer(call.module) for call in self._open)
         # Modules of sentence-transformers write into the dictionary that they are given.
         kept = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
         call = Call(path, module, kept, dict(kwargs))
@@ -88,7 +97,7 @@ class _Watch:
         elif is_kept:
             self._calls.append(call)
         self._open.append(call)
-        if not (self._hidden and is_outer and is_kept and _is_transformer(module)):
+        if not (self._hidden and is_outer and is_kept and is_transformer(module)):
             return kwargs
         _require_hidden_states(module)
         return {**kwargs, "output_hidden_states": True}
@@ -139,7 +148,8 @@ def _watch_hooked(module: nn.Module, watch: _Watch) -> Iterator[None]:
             handle.remove()
 
 
-def _is_transformer(module: nn.Module) -> bool:
+def is_transformer(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, compiled or not."""
     return isinstance(getattr(module, "_orig_mod", module), PreTrainedModel)
 
 

@@ -567,8 +567,9 @@ def test_a_fresh_head_is_warned_about_until_it_is_trained(tmp_path):
         ({"slim_distill_from": "logits"}, "slim_distill_from must be one of outputs, last_hidden, got 'logits'"),
         ({"slim_teacher": ""}, "slim_teacher must be 'self', a folder or a Hub name, got ''"),
         ({"slim_teacher": 3}, "slim_teacher must be 'self', a folder or a Hub name, got 3"),
-        ({"slim_teacher_dtype": "int8"}, "slim_teacher_dtype must be a type such as 'bfloat16'.*got 'int8'"),
-        ({"slim_teacher_dtype": "half16"}, "slim_teacher_dtype must be a type such as 'bfloat16'.*got 'half16'"),
+        ({"slim_teacher_dtype": "int8"}, "slim_teacher_dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"slim_teacher_dtype": "float8_e4m3fn"}, "must be one of float32, bfloat16, float16, got 'float8_e4m3fn'"),
+        ({"slim_teacher_dtype": "half16"}, "must be one of float32, bfloat16, float16, got 'half16'"),
         ({"slim_cache_teacher": "yes"}, "slim_cache_teacher must be True or False, got 'yes'"),
     ],
 )

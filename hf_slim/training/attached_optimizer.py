@@ -133,6 +133,7 @@ class AttachedOptimizer:
         if _is_inside_step(optimizer):
             return None
         slimmer = self._slimmer
+        slimmer.shape.refuse_unnamed()
         slimmer.refuse_more_steps()
         if not self._is_ready:
             self._get_ready(optimizer)
@@ -182,7 +183,6 @@ class AttachedOptimizer:
         """Look at the model and the optimizer as they are now that the first step comes."""
         slimmer = self._slimmer
         refuse_strategy(self._model)
-        slimmer.shape.refuse_unnamed()
         refuse_other_optimizer(self._model, slimmer.plan.structures, optimizer)
         refuse_other_sizes(optimizer)
         slimmer.settle(self._model, optimizer, find_fixed_shapes(self._called) or find_fixed_shapes(self._model))

@@ -110,6 +110,30 @@ def test_weights_without_their_state_are_an_error(tmp_path):
             use()
 
 
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("live", [True, "auto"])
+def test_weights_of_an_earlier_step_without_their_state_are_an_error(live, at):
+    """In the middle of a training, for which the optimizer has stepped already."""
+    model, optimizer, slimmer = make_loop(slim_live=live)
+    take_steps(model, optimizer, range(1, at + 1))
+    early = copy.deepcopy(model.state_dict())
+    state = slimmer.state_dict()
+    moments = copy.deepcopy(optimizer.state_dict())
+    take_steps(model, optimizer, range(at + 1, 10))
+    model.load_state_dict(early)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="from which other units have left: load the Slimmer's state of the"):
+            take_steps(model, optimizer, [10])
+    assert slimmer.step == 9
+    slimmer.load_state_dict(state)
+    optimizer.load_state_dict(moments)
+    optimizer.zero_grad()
+    take_steps(model, optimizer, range(at + 1, 13))
+    whole = make_loop(slim_live=live)
+    take_steps(*whole[:2], ALL)
+    assert_same(model, whole[0])
+
+
 def test_a_state_without_its_weights_is_an_error(tmp_path):
     model, optimizer, slimmer = make_loop()
     early = slimmer.state_dict()

@@ -51,7 +51,9 @@ def check_saved(saved: Any) -> None:
         raise damaged("its zeros or unproven structures are not as they were written")
 
 
-def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle: str | None) -> None:
+def take_loaded_shape(
+    model: nn.Module, state: Any, shape: ModelShape, obstacle: str | None, *, has_loaded: bool
+) -> bool:
     """Give a model the shape that it had in a checkpoint of a loop.
 
     Args:
@@ -59,6 +61,10 @@ def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle:
         state: What `Slimmer.state_dict` gave.
         shape: Which units the model has.
         obstacle: Why shapes cannot change in this training, if they cannot.
+        has_loaded: Whether weights were loaded before.
+
+    Returns:
+        Whether the units in the model are those of the checkpoint, so that none would come of other weights.
 
     Raises:
         ValueError: If the state is damaged or of another model, or shapes cannot change.
@@ -73,11 +79,13 @@ def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle:
         )
     masks = read_masks(state["dropped"], shape.masks) if state["live"] else {}
     masks = {name: masks.get(name, torch.ones_like(mask)) for name, mask in shape.masks.items()}
+    has_units = all(mask.equal(shape.masks[name]) for name, mask in masks.items())
     has_sizes = all(mask.sum() == shape.masks[name].sum() for name, mask in masks.items())
     if has_sizes or shape.is_unnamed:  # the weights may be those of the checkpoint already
         shape.name_units(model, masks)
-    else:
-        shape.take(model, masks)
+        return has_units or has_loaded
+    shape.take(model, masks)
+    return False
 
 
 def damaged(what: str) -> ValueError:

@@ -157,7 +157,8 @@ class LoopDoor(Attachable):
         called, model = self._find_models()
         obstacle = find_fixed_shapes(called) or find_fixed_shapes(model)
         has_loaded = self._attached is not None and self._attached.has_loaded
-        has_units = take_loaded_shape(model, state_dict, self.shape, obstacle, has_loaded=has_loaded)
+        steps = self.max_steps
+        has_units = take_loaded_shape(model, state_dict, steps, self.shape, obstacle, has_loaded=has_loaded)
         used = find_zero_units(model, map(self.shape.find_current, self.masks), whole=True)
         self.close()
         self.begin(model, 0, state_dict, None, obstacle)

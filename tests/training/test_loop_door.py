@@ -37,6 +37,8 @@ ORDERS = [
     ("model", "optimizer", "slimmer"),
     ("optimizer", "slimmer", "model"),
     ("model", "slimmer", "optimizer"),
+    ("slimmer", "optimizer", "model"),
+    ("optimizer", "model", "slimmer"),
 ]
 
 
@@ -218,6 +220,8 @@ def test_a_state_and_weights_of_two_checkpoints_are_an_error():
     ("change", "message"),
     [
         (lambda state: state.pop("step"), "it has no step"),
+        (lambda state: state.update(step=-4), "damaged: step -4 is not among the max_steps=12 of this training"),
+        (lambda state: state.update(step=13), "damaged: step 13 is not among the max_steps=12 of this training"),
         (lambda state: state.pop("scores"), "it has no scores"),
         (lambda state: state.update(steps=[[2], [99]]), "do not fit 2 schedules in a training of 12 steps"),
         (lambda state: state["settings"].update(mha_sparsity=0.25), "mha_sparsity=0.25 there, 0.5 here"),

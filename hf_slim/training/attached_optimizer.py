@@ -76,6 +76,10 @@ class Attachable(ABC):
         """Refuse a step beyond the training."""
 
     @abstractmethod
+    def refuse_missing_weights(self) -> None:
+        """Refuse to go on with a state without its weights."""
+
+    @abstractmethod
     def detach(self) -> None:
         """Let the optimizer step without this."""
 
@@ -98,13 +102,16 @@ class AttachedOptimizer:
         called: The model as it is called: in whatever DDP or torch.compile has wrapped it.
         model: The model itself.
         optimizer: The optimizer that calls the hooks of its steps.
+
+    Attributes:
+        has_loaded: Whether weights were loaded since the last step, where units may leave the model.
     """
 
     def __init__(self, slimmer: Attachable, called: nn.Module, model: nn.Module, optimizer: Optimizer) -> None:
         """See the class."""
         self._slimmer, self._called, self._model = slimmer, called, model
         self._optimizer = weakref.ref(optimizer)
-        self._is_ready = self._is_scored = False
+        self._is_ready = self._is_scored = self.has_loaded = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -133,6 +140,7 @@ class AttachedOptimizer:
         if _is_inside_step(optimizer):
             return None
         slimmer = self._slimmer
+        slimmer.shape.refuse_unnamed()
         slimmer.refuse_more_steps()
         if not self._is_ready:
             self._get_ready(optimizer)
@@ -156,6 +164,7 @@ class AttachedOptimizer:
             )
         slimmer = self._slimmer
         slimmer.step += 1
+        self.has_loaded = False
         is_over = slimmer.has_reached_target
         skipped = True if is_over else _was_skipped(optimizer)
         slimmer.advance(self._model, optimizer, slimmer.step, skipped=skipped)
@@ -182,13 +191,14 @@ class AttachedOptimizer:
         """Look at the model and the optimizer as they are now that the first step comes."""
         slimmer = self._slimmer
         refuse_strategy(self._model)
-        slimmer.shape.refuse_unnamed()
         refuse_other_optimizer(self._model, slimmer.plan.structures, optimizer)
         refuse_other_sizes(optimizer)
+        slimmer.refuse_missing_weights()
         slimmer.settle(self._model, optimizer, find_fixed_shapes(self._called) or find_fixed_shapes(self._model))
         self._is_ready = True
 
     def _take_sizes(self, weights: Mapping[str, Any], prefix: str) -> None:
+        self.has_loaded = True
         self._slimmer.shape.take_sizes(self._model, weights, prefix)
 
     def _watch(self) -> None:

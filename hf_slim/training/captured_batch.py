@@ -11,7 +11,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 
 class Call(NamedTuple):
@@ -31,13 +31,16 @@ class Call(NamedTuple):
 class Capture:
     """Keeps the last call of the outermost modules that are called in a training step.
 
-    Usually that is the model. A loss may also call a transformers model inside it by itself, or several of them.
+    Usually that is the model. A loss may also call a transformers model inside it by itself, or several of them. Calls
+    without gradients, as for a metric, do not replace those with gradients. Calls that go on from a cache are not kept:
+    they change it, and a model with fewer heads cannot read it.
     """
 
     def __init__(self) -> None:
         """Nothing is watched yet."""
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, Call] = {}
+        self._with_gradients: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a copy or pickle of a model that is watched nothing is kept."""
@@ -65,11 +68,18 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         calls = list(self._calls.values())
-        self._handles, self._calls = [], {}
+        self._handles, self._calls, self._with_gradients = [], {}, set()
         return calls
 
     def _keep(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles:
+        if not self._handles or _has_cache(args, kwargs):
+            return
+        if torch.is_grad_enabled():
+            for other in self._calls.keys() - self._with_gradients:
+                if not other or path.startswith(f"{other}."):
+                    del self._calls[other]
+            self._with_gradients.add(path)
+        elif path in self._with_gradients:
             return
         is_inside = any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in self._calls)
         if not is_inside:
@@ -94,6 +104,11 @@ def find_entries(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
     if not is_compiled:
         for name, child in module.named_children():
             yield from find_entries(child, f"{path}.{name}" if path else name)
+
+
+def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = (*args, *kwargs.values())
+    return kwargs.get("past_key_values") is not None or any(isinstance(value, Cache) for value in given)
 
 
 def _copy(value: Any) -> Any:

@@ -39,6 +39,26 @@ class WeightsHook:
             take(state_dict, prefix)
 
 
+class AwaitedWeights:
+    """Whether the weights are still to come that belong to a state; told by what writes into the tensors."""
+
+    def __init__(self) -> None:
+        """None are awaited."""
+        self._seen: dict[str, tuple[int, int]] | None = None
+
+    def are_missing(self, model: nn.Module) -> bool:
+        """Whether weights are awaited, and nothing has written any since."""
+        return self._seen is not None and self._seen == _find_versions(model, self._seen)
+
+    def wait(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Wait for the weights of these names."""
+        self._seen = _find_versions(model, names)
+
+    def end(self) -> None:
+        """Wait no longer."""
+        self._seen = None
+
+
 def count_units(
     model: nn.Module,
     structures: Iterable[Structure],
@@ -72,3 +92,9 @@ def count_units(
                 counts[structure.name] = structure.units - gone
             break
     return counts
+
+
+def _find_versions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Which tensors they are, and how often something was written into each."""
+    tensors = {name: get_tensor(model, name) for name in names}
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors.items()}

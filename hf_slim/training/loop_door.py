@@ -13,8 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..arguments import SlimArgumentsMixin, SlimConfig, check_whole
+from ..compaction import find_zero_units
 from ..parallel import find_fixed_shapes
 from .attached_optimizer import Attachable, AttachedOptimizer, attach_optimizer
+from .loaded_weights import AwaitedWeights
 from .plan import Settings
 from .saved_state import take_loaded_shape
 
@@ -42,6 +44,7 @@ class LoopDoor(Attachable):
         self._called = weakref.ref(model)
         self._model = weakref.ref(extract_model_from_parallel(model, keep_torch_compile=False))
         self._attached: AttachedOptimizer | None = None
+        self._awaited = AwaitedWeights()
 
     @property
     def attached_to(self) -> Optimizer | None:
@@ -70,6 +73,22 @@ class LoopDoor(Attachable):
                 "of the whole training (batches of an epoch over accumulated batches, times epochs), or call detach() "
                 "after the last of them, which keeps what was dropped known to save_slimmed."
             )
+
+    def refuse_missing_weights(self) -> None:
+        """Refuse to go on with a state that was loaded without its weights.
+
+        Raises:
+            RuntimeError: If that is so.
+        """
+        model = self._find_models()[1]
+        if self._awaited.are_missing(model):
+            raise RuntimeError(
+                "The Slimmer's state was loaded without the weights of its checkpoint: those of the model are other "
+                "ones, in which units that were dropped there are not zero. Call load_state_dict of the model after "
+                "that of the Slimmer."
+            )
+        self._awaited.end()
+        self.restore_zeros(model, self.attached_to)
 
     @abstractmethod
     def begin(
@@ -104,7 +123,10 @@ class LoopDoor(Attachable):
                 are slimmed in its `param_groups`, `slim_live=True` where shapes cannot change, or the settings ask for
                 a teacher.
         """
-        self._attached = attach_optimizer(self, self._settings, *self._find_models(), optimizer)
+        called, model = self._find_models()
+        are_missing = self._awaited.are_missing(model)
+        self._attached = attach_optimizer(self, self._settings, called, model, optimizer)
+        self._await(model, are_missing)  # anew, since attaching writes zeros
         return self
 
     def detach(self) -> None:
@@ -134,12 +156,24 @@ class LoopDoor(Attachable):
         """
         called, model = self._find_models()
         obstacle = find_fixed_shapes(called) or find_fixed_shapes(model)
-        take_loaded_shape(model, state_dict, self.shape, obstacle)
+        has_loaded = self._attached is not None and self._attached.has_loaded
+        steps = self.max_steps
+        has_units = take_loaded_shape(model, state_dict, steps, self.shape, obstacle, has_loaded=has_loaded)
+        used = find_zero_units(model, map(self.shape.find_current, self.masks), whole=True)
         self.close()
         self.begin(model, 0, state_dict, None, obstacle)
+        has_zeros = not any((used[name] & ~mask).any() for name, mask in self.masks_left.items())
+        self._await(model, not (has_units and has_zeros))
         self.step = state_dict["step"]
         if self._attached is not None:
             self._attached.begin()
+
+    def _await(self, model: nn.Module, are_missing: bool) -> None:
+        """Wait for the weights of a state, if they are not there."""
+        self._awaited.end()
+        if are_missing:
+            structures = map(self.shape.find_current, self.masks)
+            self._awaited.wait(model, [member.tensor for s in structures for member in s.members])
 
     def _find_models(self) -> tuple[nn.Module, nn.Module]:
         """The model as it is called, and the one in whatever is wrapped around it."""

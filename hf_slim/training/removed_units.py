@@ -21,7 +21,7 @@ from .zeroed_units import ZeroedUnits
 logger = logging.get_logger(__name__)
 
 ZEROS = "Dropped units stay in the model as zeros until it is saved: {}."
-_NOT_CALLED = "the model was not called as a module in the step"
+_NOT_CALLED = "the model was not called as a module in the step, or only with a cache"
 
 
 class RemovedUnits:

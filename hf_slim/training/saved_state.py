@@ -51,14 +51,21 @@ def check_saved(saved: Any) -> None:
         raise damaged("its zeros or unproven structures are not as they were written")
 
 
-def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle: str | None) -> None:
+def take_loaded_shape(
+    model: nn.Module, state: Any, max_steps: int, shape: ModelShape, obstacle: str | None, *, has_loaded: bool
+) -> bool:
     """Give a model the shape that it had in a checkpoint of a loop.
 
     Args:
         model: The model; changed in place where units had left it in the checkpoint, or have left it since.
         state: What `Slimmer.state_dict` gave.
+        max_steps: Optimizer steps of the whole training.
         shape: Which units the model has.
         obstacle: Why shapes cannot change in this training, if they cannot.
+        has_loaded: Whether weights were loaded before.
+
+    Returns:
+        Whether the units in the model are those of the checkpoint, so that none would come of other weights.
 
     Raises:
         ValueError: If the state is damaged or of another model, or shapes cannot change.
@@ -66,6 +73,8 @@ def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle:
     check_saved(state)
     if type(state.get("step")) is not int:
         raise damaged("it has no step, as it is not of Slimmer.state_dict")
+    if not 0 <= state["step"] <= max_steps:
+        raise damaged(f"step {state['step']} is not among the max_steps={max_steps} of this training")
     if state["live"] and obstacle is not None:
         raise ValueError(
             f"The state is that of a training with live compaction, but {obstacle}. Resume on one device, or start "
@@ -73,18 +82,20 @@ def take_loaded_shape(model: nn.Module, state: Any, shape: ModelShape, obstacle:
         )
     masks = read_masks(state["dropped"], shape.masks) if state["live"] else {}
     masks = {name: masks.get(name, torch.ones_like(mask)) for name, mask in shape.masks.items()}
+    has_units = all(mask.equal(shape.masks[name]) for name, mask in masks.items())
     has_sizes = all(mask.sum() == shape.masks[name].sum() for name, mask in masks.items())
     if has_sizes or shape.is_unnamed:  # the weights may be those of the checkpoint already
         shape.name_units(model, masks)
-    else:
-        shape.take(model, masks)
+        return has_units or has_loaded
+    shape.take(model, masks)
+    return False
 
 
 def damaged(what: str) -> ValueError:
     """The error for a state that is not as it was written."""
     return ValueError(
-        f"The slimming state in the checkpoint's trainer_state.json does not fit or is damaged: {what}. Resume from "
-        "another checkpoint, with the model of the run."
+        f"The slimming state does not fit or is damaged: {what}. Resume from another checkpoint, with the model of the "
+        "run."
     )
 
 

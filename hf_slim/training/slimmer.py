@@ -226,7 +226,7 @@ class Slimmer(LoopDoor):
             return
         try:
             self._apply(model, optimizer, calls)
-        except RuntimeError:
+        except BaseException:
             self.masks, self._events = before
             raise
         self._forget_scores()

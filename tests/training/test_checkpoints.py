@@ -168,7 +168,7 @@ def test_a_damaged_trainer_state(text, problem, last, run):
 )
 def test_a_damaged_slimming_state(change, problem, run):
     change_state(run, change)
-    with pytest.raises(ValueError, match=f"trainer_state.json does not fit or is damaged: {problem}"):
+    with pytest.raises(ValueError, match=f"The slimming state does not fit or is damaged: {problem}"):
         resume(run)
 
 

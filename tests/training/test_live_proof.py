@@ -8,7 +8,18 @@ import pytest
 import torch
 from conftest import build, make_batch
 from torch import nn
-from trainers import EVERY, NO_DROPOUT, Trajectory, dropout_free, make_trainer, shapes, slim_callback, weights
+from trainers import (
+    EVERY,
+    NO_DROPOUT,
+    Trajectory,
+    dropout_free,
+    make_loop,
+    make_trainer,
+    shapes,
+    slim_callback,
+    take_steps,
+    weights,
+)
 from transformers import Trainer, TrainerCallback
 
 from hf_slim import SlimConfig, find_structures
@@ -252,7 +263,7 @@ def test_a_model_that_is_not_called(tmp_path, proofs, warned):
     assert proofs == [] and slim_callback(trainer).slimming.unproven == names
     assert warned == [
         "The removal of units is not proven on the batch of the training: the model was not called as a module in "
-        "the step.",
+        "the step, or only with a cache.",
         f"The removal of units is not proven for {', '.join(sorted(names))}.",
     ]
 
@@ -414,6 +425,70 @@ def test_cuttings_come_back_bit_for_bit(family, cut):
         assert shapes(model) != {name: tuple(tensor.shape) for name, tensor in before[0].items()}
     undo.put_back()
     assert_same(before, remember(model, optimizer))
+
+
+def test_calls_without_gradients_do_not_replace_those_with():
+    model = build("bert")
+    batch, other = make_batch(model), make_batch(model, seed=9)
+    capture = Capture()
+    for calls in ([other, batch, other], [batch, other]):
+        capture.begin(model)
+        for given in calls:
+            with torch.set_grad_enabled(given is batch):
+                model(**given)
+        (kept,) = capture.end()
+        assert kept.path == "" and torch.equal(kept.kwargs["input_ids"], batch["input_ids"])
+    capture.begin(model)
+    with torch.no_grad():
+        model(**other)
+    model.bert(input_ids=batch["input_ids"])  # a loss that calls only this
+    (kept,) = capture.end()
+    assert kept.path == "bert"
+
+
+@pytest.mark.parametrize("live", [True, "auto"])
+@pytest.mark.parametrize("use", ["generate", "cache"])
+def test_a_cache_does_not_end_live_compaction(live, use, warned):
+    """Text is generated before the step, or the batch is computed in two halves."""
+    model, optimizer, slimmer = make_loop(family="gpt2", slim_live=live)
+    for step in range(1, 13):
+        batch = make_batch(model, seed=step)
+        if use == "generate":
+            model(**batch).loss.backward()
+            model.eval().generate(batch["input_ids"][:2, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+            model.train()
+        else:
+            half = batch["input_ids"].shape[1] // 2
+            first, second = batch["input_ids"][:, :half], batch["input_ids"][:, half:]
+            cache = model(input_ids=first, use_cache=True).past_key_values
+            model(input_ids=second, past_key_values=cache, labels=second).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert slimmer.is_live and slimmer.unproven == set() and warned == []
+
+
+def test_an_interrupted_proof_leaves_all_as_it_was(monkeypatch):
+    model, optimizer, slimmer = make_loop(slim_live=True)
+    take_steps(model, optimizer, [1])
+    before = slimmer.sparsities(), list(slimmer._events), model.num_parameters()
+    runs = []
+
+    def interrupt(module, *_):
+        runs.append(torch.is_grad_enabled())
+        if runs == [True, False, False]:  # the training step, the masked model, the slim one
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(model, optimizer, [2])
+    assert (slimmer.sparsities(), slimmer._events, model.num_parameters()) == before
+    assert all(mask.all() for mask in slimmer.masks.values())
+    handle.remove()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    optimizer.zero_grad()
+    take_steps(model, optimizer, range(3, 13))
+    assert slimmer.sparsities() == {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5}
+    assert model.num_parameters() < before[2]
 
 
 def test_a_capture_keeps_copies_without_graphs():

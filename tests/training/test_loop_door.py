@@ -37,6 +37,8 @@ ORDERS = [
     ("model", "optimizer", "slimmer"),
     ("optimizer", "slimmer", "model"),
     ("model", "slimmer", "optimizer"),
+    ("slimmer", "optimizer", "model"),
+    ("optimizer", "model", "slimmer"),
 ]
 
 
@@ -110,13 +112,97 @@ def test_weights_without_their_state_are_an_error(tmp_path):
             use()
 
 
-def test_a_state_without_its_weights_is_an_error(tmp_path):
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("live", [True, "auto"])
+def test_weights_of_an_earlier_step_without_their_state_are_an_error(live, at):
+    """In the middle of a training, for which the optimizer has stepped already."""
+    model, optimizer, slimmer = make_loop(slim_live=live)
+    take_steps(model, optimizer, range(1, at + 1))
+    early = copy.deepcopy(model.state_dict())
+    state = slimmer.state_dict()
+    moments = copy.deepcopy(optimizer.state_dict())
+    take_steps(model, optimizer, range(at + 1, 10))
+    model.load_state_dict(early)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="from which other units have left: load the Slimmer's state of the"):
+            take_steps(model, optimizer, [10])
+    assert slimmer.step == 9
+    slimmer.load_state_dict(state)
+    optimizer.load_state_dict(moments)
+    optimizer.zero_grad()
+    take_steps(model, optimizer, range(at + 1, 13))
+    whole = make_loop(slim_live=live)
+    take_steps(*whole[:2], ALL)
+    assert_same(model, whole[0])
+
+
+WITHOUT_WEIGHTS = "The Slimmer's state was loaded without the weights of its checkpoint: those of the model are other"
+
+
+@pytest.mark.parametrize("live", [False, True, "auto"])
+@pytest.mark.parametrize("parts", [("slimmer",), ("slimmer", "optimizer"), ("optimizer", "slimmer")], ids=" ".join)
+def test_a_state_without_its_weights_is_an_error(live, parts, tmp_path):
+    whole = make_loop(slim_live=live)
+    take_steps(*whole[:2], range(1, 6))
+    path = save(tmp_path, *whole)
+    again = make_loop(slim_live=live, seed=5)
+    load(path, parts, *again)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=WITHOUT_WEIGHTS):
+            take_steps(*again[:2], [6])
+    assert again[2].step == 5
+    load(path, ("model", "optimizer"), *again)
+    again[1].zero_grad()
+    for loop in (whole, again):
+        take_steps(*loop[:2], range(6, 13))
+    assert_same(whole[0], again[0])
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_weights_that_a_run_begins_with_are_not_those_of_the_state(live, is_attached, tmp_path):
+    """Loaded before it, and of the full size; attaching writes zeros, which are no weights."""
+    whole = make_loop(slim_live=live)
+    take_steps(*whole[:2], range(1, 6))
+    state = whole[2].state_dict()
+    model, optimizer, slimmer = make_loop(slim_live=live)
+    if not is_attached:
+        slimmer.detach()
+    model.load_state_dict(dropout_free(seed=7).state_dict())
+    slimmer.load_state_dict(state)
+    if not is_attached:
+        slimmer.attach(optimizer)
+    with pytest.raises(RuntimeError, match=WITHOUT_WEIGHTS):
+        take_steps(model, optimizer, [6])
+
+
+def test_a_state_of_an_earlier_step_without_its_weights_is_an_error():
     model, optimizer, slimmer = make_loop()
     early = slimmer.state_dict()
     take_steps(model, optimizer, range(1, 6))
     slimmer.load_state_dict(early)
-    with pytest.raises(RuntimeError, match=r"Units of bert\..+ are zero that were not when Slimmer was made, or that"):
+    with pytest.raises(RuntimeError, match=WITHOUT_WEIGHTS):
         take_steps(model, optimizer, [6])
+
+
+def test_a_branch_with_as_many_units_left_without_its_weights_is_an_error():
+    one, two = (make_loop(seed=seed, slim_scope="local", slim_live=True) for seed in (0, 1))
+    for loop in (one, two):
+        take_steps(*loop[:2], range(1, 6))
+    one[2].load_state_dict(one[2].state_dict())  # its own
+    take_steps(*one[:2], [6])
+    one[2].load_state_dict(two[2].state_dict())
+    with pytest.raises(RuntimeError, match=WITHOUT_WEIGHTS):
+        take_steps(*one[:2], [6])
+
+
+def test_zeros_that_loaded_weights_do_not_have_are_told_of(caplog):
+    model, optimizer, slimmer = make_loop(slim_live=False)
+    take_steps(model, optimizer, range(1, 6))
+    slimmer.load_state_dict(slimmer.state_dict())
+    model.load_state_dict(dropout_free(seed=7).state_dict())
+    take_steps(model, optimizer, [6])
+    assert "have come back, and are written with zeros again" in caplog.text
 
 
 def test_a_state_and_weights_of_two_checkpoints_are_an_error():
@@ -134,6 +220,8 @@ def test_a_state_and_weights_of_two_checkpoints_are_an_error():
     ("change", "message"),
     [
         (lambda state: state.pop("step"), "it has no step"),
+        (lambda state: state.update(step=-4), "damaged: step -4 is not among the max_steps=12 of this training"),
+        (lambda state: state.update(step=13), "damaged: step 13 is not among the max_steps=12 of this training"),
         (lambda state: state.pop("scores"), "it has no scores"),
         (lambda state: state.update(steps=[[2], [99]]), "do not fit 2 schedules in a training of 12 steps"),
         (lambda state: state["settings"].update(mha_sparsity=0.25), "mha_sparsity=0.25 there, 0.5 here"),

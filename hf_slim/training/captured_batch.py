@@ -32,8 +32,8 @@ class Capture:
     """Keeps the last call of the outermost modules that are called in a training step.
 
     Usually that is the model. A loss may also call a transformers model inside it by itself, or several of them. Calls
-    without gradients, as for a metric, do not replace those with gradients. Calls that go on from a cache are not kept:
-    they change it, and a model with fewer heads cannot read it.
+    without gradients, as for a metric, do not replace those with gradients. Calls that go on from a cache are not
+    kept: they change it, and a model with fewer heads cannot read it.
     """
 
     def __init__(self) -> None:

@@ -94,8 +94,8 @@ def take_loaded_shape(
 def damaged(what: str) -> ValueError:
     """The error for a state that is not as it was written."""
     return ValueError(
-        f"The slimming state does not fit or is damaged: {what}. Resume from another checkpoint, with the model of the "
-        "run."
+        f"The slimming state does not fit or is damaged: {what}. Resume from another checkpoint, with the model of "
+        "the run."
     )
 
 

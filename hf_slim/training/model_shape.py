@@ -198,8 +198,8 @@ class ModelShape:
             if parameter is not None and parameter.shape != size:
                 raise RuntimeError(
                     f"{name} has the shape {tuple(parameter.shape)}, and had {tuple(size)} in this training: "
-                    "something else has removed units (model_slim, slim), of which the Slimmer and the optimizer know nothing. "
-                    "Build the model anew, or call detach() of the Slimmer and train on with a new optimizer."
+                    "something else has removed units (model_slim, slim), of which the Slimmer and the optimizer know "
+                    "nothing. Build the model anew, or call detach() of the Slimmer and train on with a new optimizer."
                 )
 
     def name_units(self, model: nn.Module, masks: Masks) -> None:

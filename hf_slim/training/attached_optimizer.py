@@ -141,6 +141,7 @@ class AttachedOptimizer:
             return None
         slimmer = self._slimmer
         slimmer.shape.refuse_unnamed()
+        slimmer.shape.refuse_changed()
         slimmer.refuse_more_steps()
         if not self._is_ready:
             self._get_ready(optimizer)

@@ -187,6 +187,21 @@ class ModelShape:
                 "Accelerator.register_for_checkpointing)."
             )
 
+    def refuse_changed(self) -> None:
+        """Refuse to go on with a model that something else has made smaller; it costs next to nothing.
+
+        Raises:
+            RuntimeError: If that is so.
+        """
+        for name, (size, kept) in self._tensors.items():
+            parameter = kept() if kept is not None else None
+            if parameter is not None and parameter.shape != size:
+                raise RuntimeError(
+                    f"{name} has the shape {tuple(parameter.shape)}, and had {tuple(size)} in this training: "
+                    "something else has removed units (model_slim, slim), of which the Slimmer and the optimizer know "
+                    "nothing. Build the model anew, or call detach() of the Slimmer and train on with a new optimizer."
+                )
+
     def name_units(self, model: nn.Module, masks: Masks) -> None:
         """Say which units have left a model that has the weights of a checkpoint already, in their sizes.
 

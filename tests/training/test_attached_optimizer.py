@@ -9,7 +9,8 @@ from conftest import build, make_batch
 from torch import nn
 from trainers import HALF, dropout_free, make_loop, make_trainer, take_steps
 
-from hf_slim import SlimConfig, Slimmer
+from hf_slim import SlimConfig, Slimmer, find_structures, model_slim
+from hf_slim.compaction.zeros import zero_units
 from hf_slim.training.slimmer import find_slimmer
 
 ALL = range(1, 13)
@@ -429,3 +430,17 @@ def test_what_cannot_be_slimmed_is_refused():
     for steps in (0, 2.5, None):
         with pytest.raises(ValueError, match="max_steps must be a whole number from 1, got"):
             Slimmer(build("bert"), SlimConfig(**HALF), steps)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_that_something_else_made_smaller_is_refused(live):
+    model, optimizer, slimmer = make_loop(slim_live=live)
+    take_steps(model, optimizer, range(1, 6))
+    structure = find_structures(model).structures[0]
+    with torch.no_grad():
+        zero_units(model, [structure], {structure.name: torch.arange(structure.units) >= 8})
+    model_slim(model, round_multiplier=8, verify=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"something else has removed units \(model_slim, slim\), of which"):
+            take_steps(model, optimizer, [6])
+    assert slimmer.step == 5

@@ -174,8 +174,8 @@ class Distiller:
                 raise ValueError(
                     f"The teacher, a {type(self.teacher).__name__}, gives {name} of another shape than the model that "
                     f"is trained: {shape} and {tuple(tensor.shape)}. It has another vocabulary, number of labels, "
-                    "depth or size, or one of the two has tokens that the other has not, such as the virtual tokens of "
-                    "prompt tuning: take one with the same."
+                    "depth or size, or one of the two has tokens that the other has not, such as the virtual tokens "
+                    "of prompt tuning: take one with the same."
                 )
             if not tensor.requires_grad:
                 raise ValueError(

@@ -169,8 +169,8 @@ class SlimTrainerMixin:
         if state.global_step > 0 and stored is not None and stored != {"fingerprint": fingerprint}:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} was trained with another teacher. Give the trainer the "
-                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training began "
-                "with, not that of the checkpoint. Where its head is made up anew each time, save it before, and name "
+                "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training "
+                "began with, not that of the checkpoint. Where its head is made up anew each time, save it before, and name "
                 "its folder."
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}

@@ -170,8 +170,8 @@ class SlimTrainerMixin:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} was trained with another teacher. Give the trainer the "
                 "same teacher_model and slim_teacher_dtype; with slim_teacher='self' the model that the training "
-                "began with, not that of the checkpoint. Where its head is made up anew each time, save it before, and "
-                "name its folder."
+                "began with, not that of the checkpoint. Where its head is made up anew each time, save it before, "
+                "and name its folder."
             )
         state.stateful_callbacks[_STATE] = {"fingerprint": fingerprint}
         self._losses = _Losses(state.global_step)

@@ -323,7 +323,9 @@ def test_a_model_that_is_made_anew_is_the_teacher_of_its_training(tmp_path):
     assert all(torch.equal(t, expected[name]) for name, t in trainer.teacher_model.state_dict().items())
 
 
-@pytest.mark.parametrize("how", ["smoothing", "function", "half", "checkpointing", "compile"])
+@pytest.mark.parametrize(
+    "how", ["smoothing", "function", "half", "checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_features_of_the_trainer_work(how, tmp_path):
     family = "gpt2" if how != "function" else "bert"
     model = dropout_free(family)

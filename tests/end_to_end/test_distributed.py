@@ -62,7 +62,7 @@ def test_two_processes_do_what_one_does(mode, alone, together):
     assert result["weights"] < 1e-5
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_two_processes_learn_from_a_teacher_as_one_does(name, tmp_path):
     launch(sys.executable, "distributed.py", "single", name, str(tmp_path / "one"), "--teacher")
     wanted = json.loads((tmp_path / "one" / "result-0.json").read_text())["distances"]

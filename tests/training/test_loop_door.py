@@ -44,7 +44,9 @@ ORDERS = [
 
 @pytest.mark.parametrize("live", [False, True, "auto"])
 @pytest.mark.parametrize("order", ORDERS, ids=" ".join)
-@pytest.mark.parametrize("at", [1, 2, 5, 10])
+@pytest.mark.parametrize(
+    "at", [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)]
+)
 def test_resumed_it_is_the_same_training(live, order, at, tmp_path):
     whole = model, _, slimmer = make_loop(slim_live=live)
     take_steps(*whole[:2], range(1, at + 1))

@@ -12,7 +12,7 @@ from .config_record import (
     own_configs,
     refresh_record,
 )
-from .cut_tensors import compact_model, round_up
+from .cut_tensors import compact_model, grow_tensors, round_up
 from .module_copies import copy_modules
 from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,23 @@ def compact_model(
     for structure in structures:
         _follow(model, structure, int(masks[structure.name].sum()))
     return [structure.keep(masks[structure.name], numbers) for structure in structures]
+
+
+def grow_tensors(model: nn.Module, sizes: Mapping[str, torch.Size], structures: Iterable[Structure]) -> None:
+    """Bring all units back that have left a model, without values.
+
+    Args:
+        model: The model; changed in place.
+        sizes: The sizes that tensors had, of those that are smaller now.
+        structures: Its structures as they were before anything was removed.
+    """
+    for name, size in sizes.items():
+        get_tensor(model, name).grad = None
+        change_tensor(model, name, partial(torch.Tensor.new_zeros, size=size))
+        set_sizes(get_module(model, name.rpartition(".")[0]))
+    for structure in structures:
+        for count in structure.counts:
+            set_count(model, count, structure.units)
 
 
 def find_kept(model: nn.Module, structures: Sequence[Structure], masks: Masks) -> dict[Place, torch.Tensor]:

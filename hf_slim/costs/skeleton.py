@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..compaction import compact_model, copy_modules, find_pretrained
-from ..modeling_hf_slim import set_sizes
-from ..parallel import change_tensor, find_device, whole_shape
-from ..structures import Structure, get_module, set_count
+from ..compaction import compact_model, copy_modules, find_pretrained, grow_tensors
+from ..parallel import find_device, whole_shape
+from ..structures import Structure
 
 Kept = Mapping[str, int]
 """For each structure's name how many units it has; all of them where it is not named."""
@@ -42,13 +40,7 @@ class Skeleton:
         self.model = extract_model_from_parallel(
             copy_modules(model, {id(p): _without_values(p) for p in model.parameters()}), keep_fp32_wrapper=False
         )
-        for name, size in sizes.items():
-            change_tensor(self.model, name, partial(torch.Tensor.new_zeros, size=size))
-            set_sizes(get_module(self.model, name.rpartition(".")[0]))
-        if sizes:
-            for structure in self.structures:
-                for count in structure.counts:
-                    set_count(self.model, count, structure.units)
+        grow_tensors(self.model, sizes, self.structures if sizes else ())
 
     def build(self, kept: Kept) -> nn.Module:
         """Build a model of other sizes, with random weights, where the dense one computes.

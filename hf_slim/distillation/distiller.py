@@ -25,7 +25,7 @@ class Distiller:
     """Asks a teacher what it says of a batch, and compares that with what the model said.
 
     Args:
-        teacher: The teacher; it is put into evaluation mode.
+        teacher: The teacher, in the type that is asked for; it is put into evaluation mode.
         model: The model that is trained.
         settings: The weights, and what is compared.
         autocast: Gives the context in which the teacher computes.
@@ -56,9 +56,10 @@ class Distiller:
             refuse_other_size(teacher, model, "hidden_size", "hidden states of another size than")
         name = settings.slim_teacher_dtype
         self._dtype: torch.dtype | None = None if name is None else getattr(torch, name)
-        self.teacher = (teacher if self._dtype is None else teacher.to(self._dtype)).eval()
+        self.teacher = teacher.eval()
         self.kept = KeptOutputs() if settings.slim_cache_teacher else None
-        if self.kept is not None and any(part.config.is_encoder_decoder for part in find_pretrained(model)):
+        self._parts = find_pretrained(model)
+        if self.kept is not None and any(part.config.is_encoder_decoder for part in self._parts):
             raise ValueError(
                 f"slim_cache_teacher does not work with encoder-decoder models such as {type(model).__name__}, whose "
                 "rows have two lengths: leave it off."
@@ -127,7 +128,7 @@ class Distiller:
             return compare_embeddings(model, teacher, counted)
         if "hidden_states." in name:
             return compare_hidden(model, teacher, counted)
-        problems = (getattr(part.config, "problem_type", None) for part in find_pretrained(self._model))
+        problems = (getattr(part.config, "problem_type", None) for part in self._parts)
         problem = next(problems, None)
         if problem is None and model.dim() == 2 and counted.targets == model.shape:  # as transformers takes them
             problem = "multi_label_classification"

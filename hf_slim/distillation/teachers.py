@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import warnings
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compaction import find_pretrained
+from ..compaction import copy_modules, find_pretrained
 from ..modeling_hf_slim import RECORD_KEY
 from ..parallel import is_dispatched, is_spread
 from .fresh_weights import find_untrained
@@ -26,7 +25,6 @@ _NO_MATTER = frozenset(
         *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "auto_map", RECORD_KEY),
     }
 )
-_OWN = frozenset(nn.Module().__dict__)
 _INSTEAD = "Save the model, and name its folder as slim_teacher or pass it as teacher_model."
 
 
@@ -53,13 +51,7 @@ def copy_teacher(model: nn.Module, field: str = "slim_teacher='self'", instead: 
             f"{field}: {type(model).__name__} is spread over processes, devices or files, and cannot be copied. "
             f"{instead}"
         )
-    inside = {module for part in find_pretrained(model) for module in part.modules()}
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if module not in inside:
-            others = (value for name, value in vars(module).items() if name not in _OWN)
-            memo |= {id(value): value for value in others if not isinstance(value, (nn.Module, torch.Tensor))}
-    copied: Any = copy.deepcopy(model, memo)
+    copied = copy_modules(model, {})
     for module in copied.modules():
         module.__dict__.pop("forward", None)
     return copied.requires_grad_(False)

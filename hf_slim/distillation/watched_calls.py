@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +110,7 @@ class _Watch:
 @contextmanager
 def _watch_method(path: str, module: Any, watch: _Watch) -> Iterator[None]:
     """Watch a module by its method: sentence-transformers and PEFT call `forward` itself, without hooks."""
-    own, original = vars(module).get("forward"), module.forward
+    original = module.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -118,6 +118,22 @@ def _watch_method(path: str, module: Any, watch: _Watch) -> Iterator[None]:
         watch.leave(output)
         return output
 
+    with replacing_forward(module, forward):
+        yield
+
+
+@contextmanager
+def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put a method in the place of a module's `forward`, and what was there back.
+
+    Args:
+        module: The module.
+        forward: The method.
+
+    Yields:
+        Nothing.
+    """
+    own = vars(module).get("forward")
     module.__dict__["forward"] = forward
     try:
         yield

@@ -26,33 +26,15 @@ Scores = dict[str, torch.Tensor]
 _TRIED = 0.25
 """Fraction of a structure's units without which the model is run to see what the layer's error does to its outputs."""
 Method = Callable[[nn.Module, Plan, Calibration, KeptWeights], Masks]
-"""Zeroes units of a model and changes what stays; gives the masks."""
+"""Zeroes units of a model as the plan says, and changes what stays, which is kept before; gives the masks."""
 
 
-def slim_by_surgery(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
+def _slim_by_surgery(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
     """Layer by layer, the units of the least loss go and the others take over (optimal brain surgery).
 
-    With the scope `global` the layers are ranked first, on what the dense model gives. A unit is worth what its going
-    adds to the squared error of the layer's output when all units of the structure go greedily, times what such an
-    error does to the outputs of the model: measured by running the model without the first quarter of the structure's
-    units. On a small Llama trained on text, at 0.3/0.3, the loss added was 0.029 with that factor, 0.091 with errors
-    relative to the energy of the layer's output, and more with errors as they are, which empty the first layers, whose
-    outputs are small; a half instead of a quarter, and the divergence of the logits instead of their squared error,
-    gave the same (0.029).
-
-    Args:
-        model: The model; changed in place.
-        plan: What is to be removed.
-        data: The batches.
-        kept: Keeps what is changed.
-
-    Returns:
-        The masks.
+    With the scope `global` the layers are ranked first, on what the dense model gives.
     """
-    scores: Scores = {s.name: torch.zeros(s.units) for s in plan.structures}
-
-    def score(structure: Structure, found: Found) -> None:
-        scores[structure.name] = _score_by_surgery(model, structure, found, errors[0])
+    masks: Masks = {}
 
     def operate(structure: Structure, found: Found) -> None:
         means = {reader: moments.mean for reader, moments in found.items()}
@@ -61,31 +43,21 @@ def slim_by_surgery(model: nn.Module, plan: Plan, data: Calibration, kept: KeptW
         mask = masks[structure.name] = choose_units(structure, readings, drop)
         drop_units(model, structure, mask, kept, solve_weights(readings, mask), means)
 
-    errors: list[OutputError] = []
     with calibrating(model):
-        if any(target.scope == "global" for target in plan.targets):
-            errors.append(OutputError(model, send_to_device(dict(data.batches[0]), find_device(model))))
-            visit_layers(model, plan.structures, data, score, "Ranking layers")
-        masks = _select(plan, scores)
+        is_global = any(target.scope == "global" for target in plan.targets)
+        alike = {s.name: torch.zeros(s.units) for s in plan.structures}
+        scores = _rank_layers(model, plan, data) if is_global else alike
+        masks |= _select(plan, scores)
         left = [s for s in plan.structures if not masks[s.name].all()]
         visit_layers(model, left, data, operate, "Slimming layers")
     return masks
 
 
-def slim_by_fluctuation(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
+def _slim_by_fluctuation(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
     """The channels that vary least, times the squared norms of their weights, go; biases make up for their means.
 
     After FLAP (An et al. 2024, arXiv:2312.11983), whose scores are standardized in each layer. Layers without a bias
     get none.
-
-    Args:
-        model: The model; changed in place.
-        plan: What is to be removed.
-        data: The batches.
-        kept: Keeps what is changed.
-
-    Returns:
-        The masks.
     """
     with calibrating(model):
         found = collect_squares(model, plan.structures, data)
@@ -98,36 +70,13 @@ def slim_by_fluctuation(model: nn.Module, plan: Plan, data: Calibration, kept: K
     return masks
 
 
-def slim_by_magnitude(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
-    """The units of the smallest weights go; the data only serve to compare.
-
-    Args:
-        model: The model; changed in place.
-        plan: What is to be removed.
-        data: The batches.
-        kept: Keeps what is changed.
-
-    Returns:
-        The masks.
-    """
+def _slim_by_magnitude(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
+    """The units of the smallest weights go; the data only serve to compare."""
     return _drop(model, plan, kept, score_structures(model, plan.structures, "magnitude", find_shards(model)))
 
 
-def slim_by_gradient(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
-    """The units of the smallest first-order term of the loss go, summed over the batches.
-
-    Args:
-        model: The model; changed in place.
-        plan: What is to be removed.
-        data: The batches, with labels.
-        kept: Keeps what is changed.
-
-    Returns:
-        The masks.
-
-    Raises:
-        ValueError: If the model gives no loss, or one that is not finite.
-    """
+def _slim_by_gradient(model: nn.Module, plan: Plan, data: Calibration, kept: KeptWeights) -> Masks:
+    """The units of the smallest first-order term of the loss go, summed over the batches."""
     scores: Scores = {}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     device = find_device(model)
@@ -150,10 +99,10 @@ def slim_by_gradient(model: nn.Module, plan: Plan, data: Calibration, kept: Kept
 
 
 METHODS: Mapping[str, Method] = {
-    "obs": slim_by_surgery,
-    "magnitude": slim_by_magnitude,
-    "taylor": slim_by_gradient,
-    "flap": slim_by_fluctuation,
+    "obs": _slim_by_surgery,
+    "magnitude": _slim_by_magnitude,
+    "taylor": _slim_by_gradient,
+    "flap": _slim_by_fluctuation,
 }
 
 
@@ -186,6 +135,25 @@ def _find_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], number: int)
     if not loss.isfinite():
         raise ValueError(f"The loss of calibration batch {number} is {float(loss)}: look at the data and the model.")
     return loss
+
+
+def _rank_layers(model: nn.Module, plan: Plan, data: Calibration) -> Scores:
+    """What units of all layers are worth, so that they can be ranked together.
+
+    That is what a unit's going adds to the squared error of the layer's output when all units of the structure go
+    greedily, times what such an error does to the outputs of the model: measured by running the model without the
+    first quarter of the structure's units. Errors relative to the energy of the layer's output were a worse measure
+    where it was tried, and errors as they are a still worse one, which empties the first layers: their outputs are
+    small.
+    """
+    scores: Scores = {}
+    error = OutputError(model, send_to_device(dict(data.batches[0]), find_device(model)))
+
+    def score(structure: Structure, found: Found) -> None:
+        scores[structure.name] = _score_by_surgery(model, structure, found, error)
+
+    visit_layers(model, plan.structures, data, score, "Ranking layers")
+    return scores
 
 
 def _score_by_surgery(model: nn.Module, structure: Structure, found: Found, error: OutputError) -> torch.Tensor:

@@ -10,12 +10,12 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.utils import logging
 
-from ..arguments import SlimConfig
+from ..arguments import SlimConfig, find_teacher_fields
 from ..compaction import find_pretrained, find_proof, remove_units, zero_units
 from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
 from ..proof import keeping_random_state
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
-from ..structures import REMEDY, Structure, count_left, find_structures, has_adapters, require_structures
+from ..structures import REMEDY, Discovery, Structure, count_left, find_structures, has_adapters, require_structures
 from ..training import Plan, make_plan, refuse_attached
 from .calibration_batches import Calibration, has_decoder, make_batches
 from .kept_weights import KeptWeights
@@ -74,8 +74,9 @@ def slim(
     """
     if method not in get_args(MethodName):
         raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}.")
-    plan = _make_plan(_check_model(model), config)
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = _check_model(model)
+    found = find_structures(model)
+    plan = _make_plan(model, config, found)
     data = make_batches(
         model,
         dataset,
@@ -85,7 +86,7 @@ def slim(
         data_collator=data_collator,
         with_labels=method == "taylor" or has_decoder(model),
     )
-    structures = require_structures(model, find_structures(model))
+    structures = require_structures(model, found)
     before = count_parameters(model), count_bytes(model)
     with KeptWeights(model) as kept:
         masks = METHODS[method](model, plan, data, kept)
@@ -100,26 +101,25 @@ def slim(
 def _check_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"slim takes a model (a torch.nn.Module), got {type(model).__name__}.")
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if has_adapters(model):
         raise ValueError(f"slim cannot slim a {type(model).__name__} with adapters. {REMEDY}")
     refuse_strategy(model)
-    refuse_attached(extract_model_from_parallel(model, keep_torch_compile=False))
+    refuse_attached(model)
     if is_spread(model) or is_dispatched(model):
         raise ValueError("slim needs the whole model on one device: load it without a device_map, or gather it first.")
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    return model
 
 
-def _make_plan(model: nn.Module, config: Any) -> Plan:
+def _make_plan(model: nn.Module, config: Any, found: Discovery) -> Plan:
     config = config if isinstance(config, SlimConfig) else SlimConfig.from_arguments(config)
-    if config.slim_teacher is not None:
+    if asked := find_teacher_fields(config):
         raise ValueError(
-            f"slim_teacher={config.slim_teacher!r}: in one shot there is no training that could learn from a teacher. "
+            f"{', '.join(asked)}: in one shot there is no training that could learn from a teacher. "
             "Leave it out here, and give it to the training that follows."
         )
-    now = {
-        name: SlimConfig.__dataclass_fields__[name].default for name in ("slim_start", "slim_end", "slim_frequency")
-    }
-    plan = make_plan(model, replace(config, slim_schedule="oneshot", **now), 1, found=find_structures(model))
+    once = replace(config, slim_schedule="oneshot", slim_start=1, slim_end=1, slim_frequency=1)
+    plan = make_plan(model, once, 1, found=found)
     if not plan.targets:
         raise ValueError("Nothing is to be removed: give ffn2_sparsity, mha_sparsity or a budget in the SlimConfig.")
     check_values(model, (member.tensor for s in plan.structures for member in s.members))

@@ -14,6 +14,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
 
+from ..arguments import SlimConfig, find_teacher_fields
 from ..compaction import refuse_other_sizes
 from ..parallel import find_fixed_shapes, refuse_strategy
 from ..structures import Structure, get_tensor
@@ -217,10 +218,10 @@ def attach_optimizer(
     earlier = find_attached(model)
     if earlier is not None:
         earlier.detach()  # from an optimizer that is gone
-    asked = getattr(settings, "slim_teacher", None)
-    if asked is not None:
+    asked = find_teacher_fields(settings) if isinstance(settings, SlimConfig) else []
+    if asked:
         raise ValueError(
-            f"slim_teacher={asked!r} cannot be used with Slimmer.attach, which does not know the loss: train with "
+            f"{', '.join(asked)} cannot be used with Slimmer.attach, which does not know the loss: train with "
             "SlimTrainer, or add the teacher's loss to yours and leave slim_teacher out."
         )
     if not slimmer.plan.targets:

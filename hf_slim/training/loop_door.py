@@ -17,7 +17,7 @@ from ..compaction import find_zero_units
 from ..parallel import find_fixed_shapes
 from .attached_optimizer import Attachable, AttachedOptimizer, attach_optimizer
 from .loaded_weights import AwaitedWeights
-from .plan import Settings
+from .plan import Settings, from_state
 from .saved_state import take_loaded_shape
 
 Door = TypeVar("Door", bound="LoopDoor")
@@ -191,4 +191,5 @@ def _read_settings(settings: Any) -> Settings:
             "Slimmer takes a SlimConfig or the list that parse_auto_slim_config returns, got "
             f"{type(settings).__name__}."
         )
+    from_state(settings)  # which checks the entries
     return settings

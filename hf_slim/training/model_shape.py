@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..compaction import compact_model, find_pretrained, own_configs, refresh_record
-from ..modeling_hf_slim import set_sizes
-from ..parallel import change_tensor, read_tensor, whole_shape
-from ..structures import Masks, Structure, find_structures, get_module, get_tensor, set_count
+from ..compaction import compact_model, find_pretrained, grow_tensors, own_configs, refresh_record
+from ..parallel import read_tensor, whole_shape
+from ..structures import Masks, Structure, find_structures, get_tensor
 from .loaded_weights import count_units
 
 _KEPT_AS = "_hf_slim_shape"
@@ -241,18 +239,13 @@ class ModelShape:
     def _restore(self, model: nn.Module) -> None:
         """Bring all units back, without values."""
         saved = model.state_dict().keys()
-        for name, size in self.sizes_before(model).items():
-            if name not in saved:
-                raise ValueError(
-                    f"The checkpoint has more units than the model is left with, and {name} is not in it: build the "
-                    "model anew, and resume with that."
-                )
-            get_tensor(model, name).grad = None
-            change_tensor(model, name, partial(torch.Tensor.new_zeros, size=size))
-            set_sizes(get_module(model, name.rpartition(".")[0]))
-        for dense in self.found.structures:
-            for count in dense.counts:
-                set_count(model, count, dense.units)
+        sizes = self.sizes_before(model)
+        if missing := [name for name in sizes if name not in saved]:
+            raise ValueError(
+                f"The checkpoint has more units than the model is left with, and {missing[0]} is not in it: build the "
+                "model anew, and resume with that."
+            )
+        grow_tensors(model, sizes, self.found.structures)
         self.proven.clear()
         whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.found.structures}
         self.follow(model, self.found.structures, whole)

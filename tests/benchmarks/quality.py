@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from quality_methods import METHODS, run, train_dense
-from quality_page import write_page
+from quality_page import choose_rate, write_page
 from quality_tasks import DATA, TASKS
 from tqdm import tqdm
 from transformers.utils import logging
@@ -71,8 +71,9 @@ class Results:
 
     def best_rate(self, task: str, method: str, sparsities: tuple[float, float], seed: int) -> float:
         """The learning rate with the lowest loss."""
-        tried = {r.rate: v["loss"] for r, v in self.found.items() if r == Run(task, method, sparsities, r.rate, seed)}
-        return min(tried, key=lambda rate: tried[rate])
+        return choose_rate(
+            {r.rate: v for r, v in self.found.items() if r == Run(task, method, sparsities, r.rate, seed)}
+        )
 
 
 def carry_out(run_: Run, options: argparse.Namespace, teacher_rate: float | None) -> dict[str, float]:

@@ -56,12 +56,16 @@ def _best(found: Mapping[Any, Mapping[str, float]], task: str) -> dict[Any, dict
             rates = by_rate.setdefault((run.method, run.sparsities), {})
             rates.setdefault(run.rate, {})[run.seed] = result
     first = min((run.seed for run in found), default=0)
+    return {
+        key: rates[choose_rate({rate: runs[first] for rate, runs in rates.items() if first in runs})]
+        for key, rates in by_rate.items()
+        if any(first in runs for runs in rates.values())
+    }
 
-    def choose(rates: dict[float, dict[int, Mapping[str, float]]]) -> dict[int, Mapping[str, float]]:
-        tried = {rate: runs[first]["loss"] for rate, runs in rates.items() if first in runs}
-        return rates[min(tried, key=lambda rate: tried[rate])] if tried else {}
 
-    return {key: choose(rates) for key, rates in by_rate.items()}
+def choose_rate(tried: Mapping[float, Mapping[str, float]]) -> float:
+    """The learning rate with the lowest loss."""
+    return min(tried, key=lambda rate: tried[rate]["loss"])
 
 
 def write_page(found: Mapping[Any, Mapping[str, float]], page: Path) -> None:

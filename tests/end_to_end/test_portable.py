@@ -141,7 +141,7 @@ SAVERS = (
 
 LOAD = """
 import json, sys, traceback
-if sys.argv[2] == "without":
+if sys.argv[1] == "without":
     sys.modules["hf_slim"] = None  # any import of it fails
 else:
     import hf_slim
@@ -159,7 +159,8 @@ def check(folder, auto_class, options):
     model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # What is missing of a dense model, and the heads with another number of labels, is missing of a slim one.
     if auto_class not in dense:
-        dense[auto_class] = names(load(sys.argv[3], output_loading_info=True, ignore_mismatched_sizes=True)[1])
+        stock = folder.rpartition("/")[0] + "/dense"
+        dense[auto_class] = names(load(stock, output_loading_info=True, ignore_mismatched_sizes=True)[1])
     assert names(report) == dense[auto_class], (names(report), dense[auto_class])
     base = model.base_model_prefix + "."
     weights = {name.removeprefix(base): tensor for name, tensor in saved.items()}
@@ -168,33 +169,34 @@ def check(folder, auto_class, options):
         if name not in absent and name.removeprefix(base) in weights:
             assert torch.equal(tensor, weights[name.removeprefix(base)]), name
 
-dense = {}
-options = {"trust_remote_code": True} if sys.argv[2] == "without" else {}
+options = {"trust_remote_code": True} if sys.argv[1] == "without" else {}
 wrong = {}
-for folder, auto_classes in json.loads(sys.argv[1]).items():
-    for auto_class in auto_classes:
-        try:
-            check(folder, auto_class, options)
-        except Exception:
-            wrong[folder + " " + auto_class] = traceback.format_exc()[-1500:]
+for folders in map(json.loads, sys.argv[2:]):
+    dense = {}
+    for folder, auto_classes in folders.items():
+        for auto_class in auto_classes:
+            try:
+                check(folder, auto_class, options)
+            except Exception:
+                wrong[folder + " " + auto_class] = traceback.format_exc()[-1500:]
 print(json.dumps(wrong))
 """
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def saved(request, tmp_path_factory):
-    """A model's name, and the folders to which all savers have saved it."""
-    root = tmp_path_factory.mktemp(request.param)
-    build_tiny(request.param, MODELS[request.param]).save_pretrained(root / "dense")
-    for saver in SAVERS:
-        model = saver(request.param, root / saver.__name__)
-        torch.save(model.state_dict(), root / f"{saver.__name__}-state.pt")
-    return request.param, root
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folders to which all savers have saved each model, by its name."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, root in roots.items():
+        build_tiny(name, MODELS[name]).save_pretrained(root / "dense")
+        for saver in SAVERS:
+            model = saver(name, root / saver.__name__)
+            torch.save(model.state_dict(), root / f"{saver.__name__}-state.pt")
+    return roots
 
 
-@pytest.mark.parametrize("library", ["with", "without"])
-def test_every_auto_class_loads_what_every_saver_saves(saved, library):
-    name, root = saved
+def find_loading(name, root):
+    """The Auto classes that load each folder of a model."""
     folders = {}
     for saver in SAVERS:
         config = AutoConfig.from_pretrained(root / saver.__name__)
@@ -205,17 +207,24 @@ def test_every_auto_class_loads_what_every_saver_saves(saved, library):
         assert record.get("auto_map", {}).keys() == (set() if is_stock else auto_classes)
         folders[str(root / saver.__name__)] = list(auto_classes)
         assert MODELS[name] in auto_classes and len(auto_classes) >= 2
-    environment = {**os.environ, "HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return folders
+
+
+@pytest.mark.parametrize("library", ["with", "without"])
+def test_every_auto_class_loads_what_every_saver_saves(saved, library, tmp_path):
+    folders = [json.dumps(find_loading(name, root)) for name, root in saved.items()]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", LOAD, json.dumps(folders), library, str(root / "dense")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    command = [sys.executable, "-c", LOAD, library, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     wrong = json.loads(done.stdout.splitlines()[-1])
     assert not wrong, "\n".join(map(" ".join, wrong.items()))
 
 
-def test_outputs_are_equal_bit_for_bit(saved):
-    name, root = saved
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_equal_bit_for_bit(saved, name):
+    root = saved[name]
     for saver in SAVERS:
         load = getattr(transformers, MODELS[name]).from_pretrained
         stock, remote = (load(root / saver.__name__, trust_remote_code=trust).eval() for trust in (None, True))

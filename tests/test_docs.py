@@ -121,6 +121,9 @@ def test_a_notebook_shows_what_one_run_printed(path: Path) -> None:
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
+    for cell in cells:  # with the tables as text
+        is_printed = any(output.get("name") == "stdout" and output.text.strip() for output in cell.outputs)
+        assert is_printed or "\nprint(" not in f"\n{cell.source}"
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path, environment: dict[str, str]) -> None:

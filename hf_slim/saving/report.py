@@ -94,7 +94,15 @@ def render_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     for row in rows[1:]:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=sys.maxsize, color_system=None, markup=False, emoji=False, highlight=False).print(table)
+    Console(
+        file=text,
+        width=sys.maxsize,
+        color_system=None,
+        force_jupyter=False,  # in a notebook it would be shown at once, and the text stay empty
+        markup=False,
+        emoji=False,
+        highlight=False,
+    ).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

@@ -45,7 +45,9 @@ def make_batches(model: nn.Module, asked: str) -> Batches:
     return [make_inputs(part, LENGTH) for part in parts]
 
 
-def count_flop_costs(skeleton: Skeleton, structures: Sequence[Structure], batches: Batches) -> Costs:
+def count_flop_costs(
+    skeleton: Skeleton, structures: Sequence[Structure], batches: Batches, dense: Mapping[str, int]
+) -> Costs:
     """Count the floating-point operations that belong to the units of structures.
 
     Two for each multiplication with its addition, as `FlopCounterMode` of PyTorch counts them, in the dense model and
@@ -56,11 +58,11 @@ def count_flop_costs(skeleton: Skeleton, structures: Sequence[Structure], batche
         skeleton: The dense model.
         structures: Those of its structures that are to lose units.
         batches: What the forward pass is counted on.
+        dense: What `count_flops` gives for the dense model.
 
     Returns:
         The costs.
     """
-    dense = count_flops(skeleton, batches, {})
     curves: dict[str, Curve] = {}
     for group in group_structures(skeleton, structures, dense):
         first = group[0]
@@ -81,10 +83,15 @@ def count_flops(skeleton: Skeleton, batches: Batches, kept: Kept) -> dict[str, i
 
     Returns:
         For each module's dotted name its number of operations; that of all modules by no name.
+
+    Raises:
+        ValueError: If the model has no values, and its code looks at them.
     """
     try:
         return _count(skeleton.build_countable(kept, has_values=False), batches, "meta")
-    except RUN_ERRORS:  # the code looks at values, which the meta device has not
+    except RUN_ERRORS as error:  # the code looks at values, which the meta device has not
+        if skeleton.device.type == "meta":
+            raise ValueError(f"{type(skeleton.model).__name__} runs only with weights: {error}") from error
         return _count(skeleton.build_countable(kept, has_values=True), batches, skeleton.device)
 
 

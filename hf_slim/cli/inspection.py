@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from ..costs import (
     make_batches,
 )
 from ..proof import RUN_ERRORS, describe
-from ..saving import WayOut, find_ways_out, render_table
+from ..saving import WayOut, find_ways_out, render_table, shorten
 from ..structures import (
     Discovery,
     Kind,
@@ -33,6 +33,7 @@ from ..structures import (
     find_structures,
     group_by_place,
     group_skipped,
+    name_range,
 )
 from ..training import fit_evenly, make_plan, multiple_of, size_evenly
 from .model_source import build_without_weights, load_config
@@ -145,8 +146,8 @@ class Inspection:
         rows = [("", "parameters", "", "FLOPs", "")]
         for part in self.parts:
             share = _share(part.flops, dense.flops), _share(part.parameters, dense.parameters)
-            rows.append((part.name, f"{part.parameters:,}", share[1], _short(part.flops), share[0]))
-        rows.append(("all", f"{dense.parameters:,}", "", _short(dense.flops), ""))
+            rows.append((part.name, f"{part.parameters:,}", share[1], shorten(part.flops), share[0]))
+        rows.append(("all", f"{dense.parameters:,}", "", shorten(dense.flops), ""))
         return f"{render_table(rows)}\nFLOPs: {self.counted_on}"
 
     def _render_structures(self) -> str:
@@ -166,8 +167,8 @@ class Inspection:
         kinds = {name: group.kind for group in self.structures for name in group.names}
         for size in self.sizes:
             left = _share(size.parameters, dense.parameters), _share(size.flops, dense.flops)
-            units = [_range(n for name, n in size.units.items() if kinds[name] == kind) for kind in _UNITS]
-            rows.append((size.asked, *units, f"{size.parameters:,}", left[0], _short(size.flops), left[1]))
+            units = [name_range(n for name, n in size.units.items() if kinds[name] == kind) for kind in _UNITS]
+            rows.append((size.asked, *units, f"{size.parameters:,}", left[0], shorten(size.flops), left[1]))
         return f"{render_table(rows)}\n{_EVENLY}"
 
     def _render_results(self) -> str:
@@ -293,17 +294,3 @@ def _find_result(model: PreTrainedModel, structures: Sequence[Structure], scope:
 
 def _share(number: float | None, whole: float | None) -> str:
     return "" if number is None or not whole else f"{100 * number / whole:.1f}%"
-
-
-def _short(number: float | None) -> str:
-    """A number of operations, to four digits."""
-    if number is None:
-        return ""
-    power = max(0, min(4, (len(str(round(number))) - 1) // 3))
-    return f"{number / 1000**power:.4g} {' KMGT'[power]}".strip()
-
-
-def _range(numbers: Iterable[int]) -> str:
-    """One number, or the least and the largest."""
-    found = sorted(set(numbers))
-    return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1]))) if found else ""

@@ -81,9 +81,7 @@ def build_without_weights(config: PreTrainedConfig, name: str) -> PreTrainedMode
         with torch.device("meta"):
             model = kind(config)
     except (*RUN_ERRORS, ImportError, StrictDataclassError) as error:
-        raise ValueError(
-            f"No {kind.__name__} can be built from the config of {name}: {_in_one_line(error)}"
-        ) from error
+        raise ValueError(f"The config of {name} builds no {kind.__name__}: {_in_one_line(error)}") from error
     model.tie_weights()
     return model
 

@@ -63,14 +63,50 @@ def count_flop_costs(
     Returns:
         The costs.
     """
+    groups = group_structures(skeleton, structures, dense)
+    firsts = [group[0] for group in groups if group[0].units > group[0].multiple]
+    lost = _count_lost(skeleton, firsts, batches, dense)
     curves: dict[str, Curve] = {}
-    for group in group_structures(skeleton, structures, dense):
-        first = group[0]
-        left = first.units - first.multiple
-        lost = dense[""] - count_flops(skeleton, batches, {first.name: left})[""] if left else dense[""]
-        curve = Curve((0, first.units), (0.0, lost * first.units / first.multiple))
-        curves |= dict.fromkeys((s.name for s in group), curve)
+    for first, *others in groups:
+        operations = lost.get(first.name, dense[""]) * first.units / first.multiple
+        curves |= dict.fromkeys((s.name for s in (first, *others)), Curve((0, first.units), (0.0, operations)))
     return Costs("FLOPs", dense[""], curves)
+
+
+def _count_lost(
+    skeleton: Skeleton, structures: Sequence[Structure], batches: Batches, dense: Mapping[str, int]
+) -> dict[str, int]:
+    """The operations that structures lose with their last unit: in one pass, if each module belongs to one of them."""
+    smaller = {s.name: s.units - s.multiple for s in structures}
+    lost = dict.fromkeys(smaller, 0)
+    left = find_own(count_flops(skeleton, batches, smaller)) if smaller else {}
+    for path, operations in find_own(dense).items() if smaller else ():
+        if operations != left.get(path, 0):
+            owners = [s.name for s in structures if any(f"{m.tensor}.".startswith(f"{path}.") for m in s.members)]
+            if len(owners) != 1:
+                return {n: dense[""] - count_flops(skeleton, batches, {n: smaller[n]})[""] for n in smaller}
+            lost[owners[0]] += operations - left.get(path, 0)
+    return lost
+
+
+def find_own(flops: Mapping[str, int]) -> dict[str, int]:
+    """Find the operations of modules without those of what is in them.
+
+    Args:
+        flops: What `count_flops` gives.
+
+    Returns:
+        For each module's dotted name its own operations; by no name those of the model itself.
+    """
+    own = dict(flops)
+    for path, operations in flops.items():
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            if around in flops:
+                own[around] -= operations
+                break
+    return own
 
 
 def count_flops(skeleton: Skeleton, batches: Batches, kept: Kept) -> dict[str, int]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_hf_slim import find_base
 from ..structures import Discovery, get_module
+from .flop_costs import find_own
 
 PartName = Literal["embeddings", "attention", "ffn", "head", "other"]
 
@@ -57,7 +58,7 @@ def count_parts(model: PreTrainedModel, found: Discovery, flops: Mapping[str, in
     for name, parameter in model.named_parameters():
         parameters[_find_part(model, known, name.rpartition(".")[0])] += parameter.numel()
     operations = dict.fromkeys(get_args(PartName), 0)
-    for path, number in _find_own(flops or {}).items():
+    for path, number in find_own(flops or {}).items():
         operations[_find_part(model, known, path)] += number
     return tuple(ModelPart(name, parameters[name], None if flops is None else operations[name]) for name in parameters)
 
@@ -83,13 +84,3 @@ def _paths_around(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
-
-
-def _find_own(flops: Mapping[str, int]) -> dict[str, int]:
-    """The operations of modules without those of what is in them."""
-    own = dict(flops)
-    for path, number in flops.items():
-        if path:
-            around = next((name for name in _paths_around(path.rpartition(".")[0]) if name in flops), "")
-            own[around] -= number
-    return own

@@ -15,3 +15,4 @@ from .output_comparison import (
     find_tensors,
     is_comparable,
 )
+from .output_differences import OutputDifference, measure_differences

@@ -34,6 +34,11 @@ class StructureGroup:
         """The number of units: one where all have as many, else one for each."""
         return f"{self.units[0]:,}" if len(set(self.units)) == 1 else " ".join(map(str, self.units))
 
+    @property
+    def range(self) -> str:
+        """The number of units: one where all have as many, else the least and the largest."""
+        return name_range(self.units)
+
 
 @dataclass(frozen=True)
 class SkippedGroup:
@@ -95,6 +100,19 @@ def group_skipped(skipped: Iterable[Skipped]) -> tuple[SkippedGroup, ...]:
         )
         for (name, kind, _), found in groups.items()
     )
+
+
+def name_range(numbers: Iterable[int]) -> str:
+    """One number where all are the same, else the least and the largest.
+
+    Args:
+        numbers: The numbers.
+
+    Returns:
+        For example `64` or `32 to 64`; nothing for no numbers.
+    """
+    found = sorted(set(numbers))
+    return " to ".join(f"{number:,}" for number in (*found[:1], *found[1:][-1:]))
 
 
 def name_unit(structure: Structure) -> UnitName:

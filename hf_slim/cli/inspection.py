@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..arguments import ScopeName, SlimConfig, find_asked
+from ..arguments import SlimConfig, find_asked
 from ..compaction import Form, cut_copy, find_form
 from ..costs import (
     Costs,
@@ -20,6 +20,7 @@ from ..costs import (
     count_parameter_costs,
     count_parts,
     make_batches,
+    write_out,
 )
 from ..proof import RUN_ERRORS, describe
 from ..saving import WayOut, find_ways_out, render_table, shorten
@@ -90,12 +91,13 @@ class SlimResult:
     """In what form a slim model is saved, and what takes it.
 
     Args:
-        scope: Whether all layers lose the same (`local`) or are ranked together (`global`).
+        scope: `as it is`; `local`, where all layers lose the same; `local, channels alone`, where only that gives a
+            stock model; `global`, where layers are ranked together and end with different sizes.
         form: Where its sizes stand; None where its shape cannot be recorded.
         ways: What takes it.
     """
 
-    scope: ScopeName
+    scope: str
     form: Form | None
     ways: tuple[WayOut, ...]
 
@@ -133,7 +135,7 @@ class Inspection:
         if self.structures:
             tables.append(self._render_structures())
         tables.append(self._render_skipped())
-        if self.structures:
+        if self.results:
             tables += [self._render_sizes(), self._render_results()]
         return "\n\n".join(tables)
 
@@ -151,7 +153,7 @@ class Inspection:
         return f"{render_table(rows)}\nFLOPs: {self.counted_on}"
 
     def _render_structures(self) -> str:
-        rows = [("can be slimmed", "", "layers", "units of each")]
+        rows = [("can be slimmed", "", "structures", "units of each")]
         rows += [(g.name, g.kind, str(len(g.units)), f"{g} {g.unit}") for g in self.structures]
         return render_table(rows, left=2)
 
@@ -162,13 +164,15 @@ class Inspection:
         return "\n".join(["skipped", *lines])
 
     def _render_sizes(self) -> str:
-        rows = [("sparsity", *_UNITS.values(), "parameters", "left", "FLOPs", "left")]
+        units = {g.kind: g.unit for g in self.structures}
+        rows: list[tuple[str, ...]] = []
+        rows.append(("sparsity", units.get("ffn", ""), units.get("mha", ""), "parameters", "left", "FLOPs", "left"))
         dense = self.sizes[0]
         kinds = {name: group.kind for group in self.structures for name in group.names}
         for size in self.sizes:
             left = _share(size.parameters, dense.parameters), _share(size.flops, dense.flops)
-            units = [name_range(n for name, n in size.units.items() if kinds[name] == kind) for kind in _UNITS]
-            rows.append((size.asked, *units, f"{size.parameters:,}", left[0], shorten(size.flops), left[1]))
+            kept = [name_range(n for name, n in size.units.items() if kinds[name] == kind) for kind in _KINDS]
+            rows.append((size.asked, *kept, f"{size.parameters:,}", left[0], shorten(size.flops), left[1]))
         return f"{render_table(rows)}\n{_EVENLY}"
 
     def _render_results(self) -> str:
@@ -177,7 +181,11 @@ class Inspection:
         notes: dict[str, int] = {}
         for name in dict.fromkeys(way.name for result in self.results for way in result.ways):
             cells = []
-            for way in (way for result in self.results for way in result.ways if way.name == name):
+            for result in self.results:
+                way = next((way for way in result.ways if way.name == name), None)
+                if way is None:
+                    cells.append("")
+                    continue
                 mark = f" ({notes.setdefault(way.note, len(notes) + 1)})" if way.note else ""
                 cells.append(("yes" if way.is_open else "no") + mark)
             rows.append((name, *cells))
@@ -185,7 +193,7 @@ class Inspection:
         return "\n".join([render_table(rows, left=3), *lines])
 
 
-_UNITS: dict[Kind, str] = {"ffn": "channels", "mha": "heads"}
+_KINDS: tuple[Kind, ...] = ("ffn", "mha")
 _EVENLY = (
     "Sizes if all layers lose the same, as with slim_scope=local. With slim_scope=global, the default, and with a\n"
     "budget layers end with different sizes of about the same total."
@@ -206,6 +214,7 @@ def inspect_model(arguments: InspectArguments) -> Inspection:
     """
     settings = arguments.to_settings()
     model = build_without_weights(load_config(arguments.model), arguments.model)
+    write_out(model)
     found = find_structures(model)
     structures = exclude_structures(found.structures, settings.slim_exclude or ())
     asked = _size(model, found, settings) if find_asked(settings) else _size_by_default(structures, settings)
@@ -272,18 +281,24 @@ def _count_operations(model: PreTrainedModel, found: Discovery, structures: Sequ
 def _find_results(
     model: PreTrainedModel, structures: Sequence[Structure], kept: Kept, settings: SlimConfig
 ) -> tuple[SlimResult, ...]:
-    """What comes of sizes that are even, and of sizes that are not."""
-    uneven = dict(kept)
-    for kind in _UNITS:
+    """What comes of sizes that are even, and of sizes that are not; and what a slim model is already."""
+    uneven, channels = dict(kept), {s.name: kept[s.name] for s in structures if s.kind == "ffn" and s.name in kept}
+    for kind in _KINDS:
         smaller = [s for s in structures if s.kind == kind and kept.get(s.name, s.units) < s.units]
         if len(smaller) > 1:
             last = smaller[-1]
             uneven[last.name] = min(last.units, kept[last.name] + multiple_of(last, settings.slim_round_to))
-    scopes: dict[ScopeName, Kept] = {"local": kept, "global": uneven}
-    return tuple(_find_result(model, structures, scope, sizes) for scope, sizes in scopes.items())
+    even = _find_result(model, structures, "local", kept)
+    results = [even, _find_result(model, structures, "global", uneven)]
+    if even.form != "stock":
+        alone = _find_result(model, structures, "local, channels alone", channels)
+        results[1:1] = [alone] if alone.form == "stock" else []
+    if find_form(model) != "stock":
+        results.insert(0, _find_result(model, structures, "as it is", {}))
+    return tuple(results)
 
 
-def _find_result(model: PreTrainedModel, structures: Sequence[Structure], scope: ScopeName, kept: Kept) -> SlimResult:
+def _find_result(model: PreTrainedModel, structures: Sequence[Structure], scope: str, kept: Kept) -> SlimResult:
     try:
         slim, left = cut_copy(model, structures, kept)
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compaction import find_auto_classes
-from ..costs import LENGTH, Skeleton, count_flops
+from ..costs import LENGTH, Skeleton, count_flops, without_bars
 from ..proof import OutputDifference, Outputs, compute_outputs, describe, make_inputs, measure_differences
 from ..saving import count_bytes, count_parameters, measure_latency, render_table, shorten
 from ..structures import StructureGroup, find_structures, group_by_place
@@ -149,7 +149,8 @@ def compare_models(arguments: CompareArguments) -> ModelComparison:
     Raises:
         ValueError: If there is no such model or file, or the models do not compare; the message names what differs.
     """
-    models = load_model(arguments.model), load_model(arguments.other)
+    with without_bars():
+        models = load_model(arguments.model), load_model(arguments.other)
     names = arguments.model, arguments.other
     _refuse_different(names, models)
     data = _load_data(arguments, models)

@@ -28,7 +28,7 @@ class ModelPart:
     """What of a model's cost is in one part of it.
 
     Args:
-        name: `embeddings`, `attention`, `ffn`, `head` (what lies outside the base model) or `other`.
+        name: `embeddings`, `attention`, `ffn`, `head` (what makes logits, and what lies outside the base model), `other`.
         parameters: Parameters in it; one that is tied counts where the model has it first.
         flops: Operations of a forward pass in it; None where they were not counted.
     """
@@ -54,6 +54,8 @@ def count_parts(model: PreTrainedModel, found: Discovery, flops: Mapping[str, in
     known: dict[str, PartName] = {skip.name: _of_kind(skip.kind) for skip in found.skipped}
     for structure in found.structures:
         known |= {m.tensor.rpartition(".")[0]: _of_kind(structure.kind) for m in structure.members}
+    outputs = model.get_output_embeddings()
+    known |= {name: "head" for name, module in model.named_modules() if module is outputs}
     parameters = dict.fromkeys(get_args(PartName), 0)
     for name, parameter in model.named_parameters():
         parameters[_find_part(model, known, name.rpartition(".")[0])] += parameter.numel()

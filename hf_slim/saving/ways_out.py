@@ -13,7 +13,7 @@ from ..compaction import Form
 from ..structures import Structure
 
 _MULTIPLE = 64
-_LOCAL = 'slim_scope="local"'
+_STOCK = "only a stock result, as slim_scope=local can give"
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,26 @@ def _export(model: PreTrainedModel, structures: Sequence[Structure], form: Form)
 def _serve(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
-    if form == "stock":
-        return WayOut("vLLM, TGI", True)
-    return WayOut("vLLM, TGI", False, f"they build all layers by the same fields; {_LOCAL}")
+    return WayOut(
+        "vLLM, TGI", form == "stock", "" if form == "stock" else f"they build layers by plain fields: {_STOCK}"
+    )
 
 
 def _convert(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
-    if form == "stock":
-        return WayOut("llama.cpp (GGUF), by its converter", True, "if it knows the architecture")
-    return WayOut("llama.cpp (GGUF), by its converter", False, f"it writes one size for all layers; {_LOCAL}")
+    note = "if it knows the architecture" if form == "stock" else f"it writes one size for all layers: {_STOCK}"
+    return WayOut("llama.cpp (GGUF), by its own converter", form == "stock", note)
 
 
 def _batch(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
-    if len({s.units for s in structures if s.kind == "mha"}) < 2:
-        return WayOut("generate_batch (continuous batching)", True)
-    note = f"layers have unequal numbers of heads or key-value groups; {_LOCAL}"
-    return WayOut("generate_batch (continuous batching)", False, note)
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    is_open = form == "stock" or {s.units for s in structures if s.kind == "mha"} <= {heads}
+    note = "" if is_open else f"its cache has as many heads in every layer as the config says: {_STOCK}, or all heads"
+    return WayOut("generate_batch (continuous batching)", is_open, note)
 
 
 def _quantize(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +14,10 @@ UnitName = Literal["channels", "heads", "key-value groups"]
 
 @dataclass(frozen=True)
 class StructureGroup:
-    """Structures whose names differ in numbers alone.
+    """Structures whose names differ in the numbers of layers alone.
 
     Args:
-        name: What their names have in common, `*` for every number; the name itself of one alone.
+        name: Their name, `*` for what differs.
         kind: `ffn` or `mha`.
         unit: What is counted.
         names: Their names, in the order of the model's modules.
@@ -42,10 +42,10 @@ class StructureGroup:
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """Modules that are left alone for one reason, and whose names differ in numbers alone.
+    """Modules that are left alone for one reason, and whose names differ in the numbers of layers alone.
 
     Args:
-        name: What their names have in common, `*` for every number; the name itself of one alone.
+        name: Their name, `*` for what differs.
         kind: `ffn` or `mha`.
         names: Their names.
         reason: Why the first is left alone.
@@ -66,19 +66,10 @@ def group_by_place(structures: Iterable[Structure]) -> tuple[StructureGroup, ...
     Returns:
         The groups, in the order of their first structures.
     """
-    groups: dict[tuple[str, Kind, UnitName], list[Structure]] = {}
+    groups: dict[object, list[Structure]] = {}
     for s in structures:
         groups.setdefault((_without_numbers(s.name), s.kind, name_unit(s)), []).append(s)
-    return tuple(
-        StructureGroup(
-            name if len(found) > 1 else found[0].name,
-            kind,
-            unit,
-            tuple(s.name for s in found),
-            tuple(s.units for s in found),
-        )
-        for (name, kind, unit), found in groups.items()
-    )
+    return tuple(_make_group(found) for found in groups.values())
 
 
 def group_skipped(skipped: Iterable[Skipped]) -> tuple[SkippedGroup, ...]:
@@ -90,15 +81,13 @@ def group_skipped(skipped: Iterable[Skipped]) -> tuple[SkippedGroup, ...]:
     Returns:
         The groups, in the order of their first modules.
     """
-    groups: dict[tuple[str, Kind, str], list[Skipped]] = {}
+    groups: dict[object, list[Skipped]] = {}
     for skip in skipped:
-        key = _without_numbers(skip.name), skip.kind, _without_numbers(skip.reason)
+        key = _without_numbers(skip.name), skip.kind, re.sub(r"\d+", "*", skip.reason)
         groups.setdefault(key, []).append(skip)
     return tuple(
-        SkippedGroup(
-            name if len(found) > 1 else found[0].name, kind, tuple(skip.name for skip in found), found[0].reason
-        )
-        for (name, kind, _), found in groups.items()
+        SkippedGroup(_join_names(names := tuple(skip.name for skip in found)), found[0].kind, names, found[0].reason)
+        for found in groups.values()
     )
 
 
@@ -133,5 +122,17 @@ def name_unit(structure: Structure) -> UnitName:
     return "key-value groups" if read < made < 3 * read else "heads"
 
 
+def _make_group(found: Sequence[Structure]) -> StructureGroup:
+    names = tuple(s.name for s in found)
+    return StructureGroup(_join_names(names), found[0].kind, name_unit(found[0]), names, tuple(s.units for s in found))
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """Names of as many parts as one, `*` for the parts that differ."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(found[0] if len(set(found)) == 1 else "*" for found in parts)
+
+
 def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    """A name without the parts that are numbers."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -285,7 +285,7 @@ def _find_results(
     uneven, channels = dict(kept), {s.name: kept[s.name] for s in structures if s.kind == "ffn" and s.name in kept}
     for kind in _KINDS:
         smaller = [s for s in structures if s.kind == kind and kept.get(s.name, s.units) < s.units]
-        if len(smaller) > 1:
+        if len(smaller) > 1 and len({kept[s.name] for s in smaller}) == 1:
             last = smaller[-1]
             uneven[last.name] = min(last.units, kept[last.name] + multiple_of(last, settings.slim_round_to))
     even = _find_result(model, structures, "local", kept)

@@ -232,7 +232,8 @@ def _load_tokenizer(arguments: CompareArguments) -> PreTrainedTokenizerBase:
     if not found:
         raise ValueError(f"There is no tokenizer in {' or '.join(names)}: name one by --tokenizer_name.")
     vocabularies = [tokenizer.get_vocab() for tokenizer in found]
-    wrong = next((token for token, number in vocabularies[0].items() if vocabularies[-1].get(token) != number), None)
+    tokens = sorted(vocabularies[0], key=vocabularies[0].__getitem__)
+    wrong = next((token for token in tokens if vocabularies[-1].get(token) != vocabularies[0][token]), None)
     if wrong is not None:
         raise ValueError(
             f"{names[0]} and {names[1]} do not compare: their tokenizers have different vocabularies, {wrong!r} is "

@@ -28,7 +28,7 @@ class ModelPart:
     """What of a model's cost is in one part of it.
 
     Args:
-        name: `embeddings`, `attention`, `ffn`, `head` (what makes logits, and what lies outside the base model), `other`.
+        name: `embeddings`, `attention`, `ffn`, `head` (what makes logits or lies outside the base model) or `other`.
         parameters: Parameters in it; one that is tied counts where the model has it first.
         flops: Operations of a forward pass in it; None where they were not counted.
     """

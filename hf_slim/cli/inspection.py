@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..arguments import SlimConfig, find_asked
+from ..arguments import SlimConfig, find_asked, read_budget
 from ..compaction import Form, cut_copy, find_form
 from ..costs import (
     Costs,
@@ -155,7 +155,7 @@ class Inspection:
     def _render_structures(self) -> str:
         rows = [("can be slimmed", "", "structures", "units of each")]
         rows += [(g.name, g.kind, str(len(g.units)), f"{g} {g.unit}") for g in self.structures]
-        return render_table(rows, left=2)
+        return render_table(rows, left=4)
 
     def _render_skipped(self) -> str:
         if not self.skipped:
@@ -288,11 +288,11 @@ def _find_results(
         if len(smaller) > 1 and len({kept[s.name] for s in smaller}) == 1:
             last = smaller[-1]
             uneven[last.name] = min(last.units, kept[last.name] + multiple_of(last, settings.slim_round_to))
-    even = _find_result(model, structures, "local", kept)
-    results = [even, _find_result(model, structures, "global", uneven)]
-    if even.form != "stock":
-        alone = _find_result(model, structures, "local, channels alone", channels)
-        results[1:1] = [alone] if alone.form == "stock" else []
+    results = [_find_result(model, structures, "global", uneven)]
+    if read_budget(settings) is None:  # which ranks layers, so that they end with different sizes
+        even = _find_result(model, structures, "local", kept)
+        alone = None if even.form == "stock" else _find_result(model, structures, "local, channels alone", channels)
+        results[:0] = [even, alone] if alone is not None and alone.form == "stock" else [even]
     if find_form(model) != "stock":
         results.insert(0, _find_result(model, structures, "as it is", {}))
     return tuple(results)

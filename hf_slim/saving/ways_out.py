@@ -80,7 +80,7 @@ def _batch(model: PreTrainedModel, structures: Sequence[Structure], form: Form) 
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     is_open = form == "stock" or {s.units for s in structures if s.kind == "mha"} <= {heads}
-    note = "" if is_open else f"its cache has as many heads as the config says: {_STOCK}, or one with all heads"
+    note = "" if is_open else f"its cache has as many heads as the config says: {_STOCK}"
     return WayOut("generate_batch (continuous batching)", is_open, note)
 
 

@@ -15,6 +15,7 @@ from hf_slim.cli.inspection import InspectArguments, Inspection, inspect_model
 from hf_slim.compaction import zero_units
 from hf_slim.saving import count_parameters
 
+PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
 SEVEN = LlamaConfig(architectures=["LlamaForCausalLM"])  # its defaults are those of Llama-7B
 
 
@@ -39,6 +40,8 @@ def test_seven_billion_parameters_without_weights(tmp_path):
     begin = time.process_time()
     found = inspect(SEVEN, tmp_path)
     assert time.process_time() - begin < 10  # 2 on a machine that does nothing else
+    text = str(found).replace(found.model, "meta-llama/Llama-2-7b-hf")
+    assert f"```text\n{text}\n```" in PAGE.read_text(encoding="utf-8")
     assert [(g.name, g.unit, len(g.units), str(g)) for g in found.structures] == [
         ("model.layers.*.self_attn.o_proj", "heads", 32, "32"),
         ("model.layers.*.mlp.down_proj", "channels", 32, "11,008"),
@@ -105,7 +108,7 @@ def test_it_prints_tables(tmp_path):
         "attention       12,288  39.5%  11.53 M  74.5%",
         "all             31,072         15.49 M",
         "FLOPs: a forward pass on input_ids (1, 128)",
-        "model.layers.*.self_attn.o_proj  mha           2  4 key-value groups",
+        "model.layers.*.self_attn.o_proj  mha  2           4 key-value groups",
         "nothing is skipped",
         "0.5 of all         32                 2      18,784   60.5%  8.151 M   52.6%",
         "saved as                                                 stock    record",
@@ -162,7 +165,9 @@ def test_the_layers_of_a_slim_model(tmp_path):
 
 def test_a_budget_of_parameters_and_one_of_operations(tmp_path):
     config = config_of("bert", num_attention_heads=8, intermediate_size=256)
-    dense, slim = inspect(config, tmp_path, slim_target_params="70%", slim_round_to=8).sizes
+    found = inspect(config, tmp_path, slim_target_params="70%", slim_round_to=8)
+    assert [(result.scope, result.form) for result in found.results] == [("global", "record")]
+    dense, slim = found.sizes
     assert slim.asked.startswith("slim_target_params=0.7 (0.")
     assert 0.95 * 0.7 * dense.parameters < slim.parameters <= 0.7 * dense.parameters
     dense, slim = inspect(config, tmp_path, slim_target_flops="50%", slim_round_to=8).sizes

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -106,6 +107,7 @@ def evaluate_on_file(model: PreTrainedModel, data: FileData, batch_size: int) ->
             data_collator=data.collator,
             compute_metrics=make_compute_metrics(data.task),
         )
+        trainer.remove_callback(PrinterCallback)
         return evaluate_task(trainer, data.task)
 
 
@@ -145,7 +147,7 @@ def _find_number(name: str, config: PreTrainedConfig, classes: Sequence[str]) ->
     known: Any = config.label2id
     if name in known:
         return known[name]
-    if name.isdecimal() and int(name) < config.num_labels and all(label.startswith("LABEL_") for label in known):
+    if name.isdecimal() and int(name) < config.num_labels and not any(label.isdecimal() for label in known):
         return int(name)
     raise ValueError(
         f"The label {name!r} of the file is none of the model, which has {', '.join(map(str, known))}: name the "

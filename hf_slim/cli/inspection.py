@@ -213,12 +213,19 @@ def inspect_model(arguments: InspectArguments) -> Inspection:
         ValueError: If there is no such config, no model of it can be built, or the settings cannot be carried out.
     """
     settings = arguments.to_settings()
-    model = build_without_weights(load_config(arguments.model), arguments.model)
+    config = load_config(arguments.model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{arguments.model} is quantized, and such weights are left alone: name the model that it was made from."
+        )
+    model = build_without_weights(config, arguments.model)
     write_out(model)
     found = find_structures(model)
     structures = exclude_structures(found.structures, settings.slim_exclude or ())
-    asked = _size(model, found, settings) if find_asked(settings) else _size_by_default(structures, settings)
     operations = _count_operations(model, found, structures)
+    if settings.slim_target_flops is not None and operations.costs is None:
+        raise ValueError(f"slim_target_flops: operations are {operations.counted_on}: use slim_target_params.")
+    asked = _size(model, found, settings) if find_asked(settings) else _size_by_default(structures, settings)
     parameters = count_parameter_costs(model, structures, {})
     sizes = []
     dense: dict[str, Kept] = {"as it is": {}}

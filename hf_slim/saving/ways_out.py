@@ -13,6 +13,7 @@ from ..compaction import Form
 from ..structures import Structure
 
 _MULTIPLE = 64
+_KNOWN = "where the architecture is known there"
 _STOCK = "only a stock result, as slim_scope=local can give"
 
 
@@ -62,15 +63,14 @@ def _export(model: PreTrainedModel, structures: Sequence[Structure], form: Form)
 def _serve(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
-    return WayOut(
-        "vLLM, TGI", form == "stock", "" if form == "stock" else f"they build layers by plain fields: {_STOCK}"
-    )
+    note = _KNOWN if form == "stock" else f"they build layers by plain fields: {_STOCK}"
+    return WayOut("vLLM, TGI", form == "stock", note)
 
 
 def _convert(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
-    note = "if it knows the architecture" if form == "stock" else f"it writes one size for all layers: {_STOCK}"
+    note = _KNOWN if form == "stock" else f"it writes one size for all layers: {_STOCK}"
     return WayOut("llama.cpp (GGUF), by its own converter", form == "stock", note)
 
 

@@ -112,8 +112,9 @@ def test_it_prints_tables(tmp_path):
         "nothing is skipped",
         "0.5 of all         32                 2      18,784   60.5%  8.151 M   52.6%",
         "saved as                                                 stock    record",
-        "vLLM, TGI                                                yes      no (2)",
-        "(2) they build layers by plain fields: only a stock result, as slim_scope=local can give",
+        "vLLM, TGI                                                yes (2)  no (3)",
+        "(2) where the architecture is known there",
+        "(3) they build layers by plain fields: only a stock result, as slim_scope=local can give",
     ):
         assert line in lines
 
@@ -213,9 +214,17 @@ def test_settings_that_cannot_be_carried_out(settings, message, tmp_path):
 
 
 def test_a_budget_of_operations_that_cannot_be_counted(tmp_path):
-    with pytest.raises(ValueError, match="Wav2Vec2Model") as caught:
+    with pytest.raises(
+        ValueError, match="^slim_target_flops: .* not counted, since Wav2Vec2Model .*: use slim_target"
+    ):
         inspect(tiny_config("wav2vec2"), tmp_path, slim_target_flops=0.5, slim_round_to=8)
-    assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    config = config_of("llama")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="config.json is quantized, .*: name the model that it was made from"):
+        inspect(config, tmp_path)
 
 
 def test_the_folder_is_as_it_was(tmp_path):

@@ -91,7 +91,7 @@ def test_outputs_that_differ_are_measured(tmp_path):
     assert compare(tmp_path, "masked", "masked").outputs[0].absolute == 0
 
 
-def test_the_metric_of_a_file_by_the_labels_of_the_model(tmp_path):
+def test_the_metric_of_a_file_by_the_labels_of_the_model(tmp_path, capsys):
     model, _ = save_both(make_bert(), tmp_path)
     save_tokenizer(tmp_path / "masked")
     texts = ["good film", "bad play", "good play bad", "film"]
@@ -104,8 +104,13 @@ def test_the_metric_of_a_file_by_the_labels_of_the_model(tmp_path):
     assert found.first.metrics["accuracy"] == 1
     assert found.second.metrics == pytest.approx(found.first.metrics, rel=1e-4)
     assert list(found.first.metrics) == ["accuracy", "loss"]
+    assert capsys.readouterr().out == ""  # the trainer is quiet
     assert found.computed_on.startswith("input_ids (4, ")
     assert "\naccuracy " in str(found)
+
+    numbers = "\n".join(["text,label", *(f"{text},{guess}" for text, guess in zip(texts, guesses, strict=True))])
+    (tmp_path / "numbers.csv").write_text(numbers)
+    assert compare(tmp_path, validation_file=str(tmp_path / "numbers.csv")).first.metrics["accuracy"] == 1
 
     (tmp_path / "pos.csv").write_text("text,label\ngood film,pos\nbad film,pos\n")
     share = sum(int(model(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in ("good film", "bad film")) / 2

@@ -17,8 +17,8 @@ def test_a_stock_language_model_goes_everywhere():
     assert ways(model, "stock") == {
         "from_pretrained": (True, ""),
         "ONNX": (True, ""),
-        "vLLM": (True, ""),
-        "llama.cpp": (True, "if it knows the architecture"),
+        "vLLM": (True, "where the architecture is known there"),
+        "llama.cpp": (True, "where the architecture is known there"),
         "generate_batch": (True, ""),
         "int8": (True, ""),
         "4-bit on a CPU": (True, ""),

@@ -190,7 +190,7 @@ class Inspection:
                 cells.append(("yes" if way.is_open else "no") + mark)
             rows.append((name, *cells))
         lines = [f"({number}) {note}" for note, number in notes.items()]
-        return "\n".join([render_table(rows, left=3), *lines])
+        return "\n".join([render_table(rows, left=len(rows[0])), *lines])
 
 
 _KINDS: tuple[Kind, ...] = ("ffn", "mha")

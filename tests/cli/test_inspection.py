@@ -139,6 +139,10 @@ def test_channels_alone_where_heads_have_no_field(tmp_path):
         ("local, channels alone", "stock"),
         ("global", "record"),
     ]
+    assert (
+        "\nsaved as                                                 record   stock                  record\n"
+        in str(found)
+    )
     assert not ways_of(found, "local")["generate_batch"]  # as many in all layers, but fewer than the config says
     assert ways_of(found, "local, channels alone")["vLLM"]
     only = inspect(config_of("gpt2"), tmp_path, slim_round_to=8, ffn2_sparsity=0.5)

@@ -83,7 +83,7 @@ def build_without_weights(config: PreTrainedConfig, name: str) -> PreTrainedMode
     except (*RUN_ERRORS, ImportError, StrictDataclassError) as error:
         raise ValueError(f"The config of {name} builds no {kind.__name__}: {_in_one_line(error)}") from error
     model.tie_weights()
-    return model
+    return model.to("meta")  # some classes make a parameter on the CPU all the same
 
 
 def load_model(name: str) -> PreTrainedModel:

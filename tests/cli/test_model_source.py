@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel, LlamaConfig
+from transformers import BertConfig, BertModel, LlamaConfig, Wav2Vec2Config
 
 from hf_slim.cli.model_source import build_without_weights, find_model_class, load_config, load_model
 
@@ -62,8 +62,9 @@ def test_the_class_is_the_architecture_or_that_of_the_auto_class():
 
 
 def test_a_model_without_weights_is_in_no_memory():
-    model = build_without_weights(BertConfig(num_hidden_layers=1), "x")
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    for config in (BertConfig(num_hidden_layers=1), Wav2Vec2Config(num_hidden_layers=1)):
+        model = build_without_weights(config, "x")
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 def test_a_config_of_another_class():

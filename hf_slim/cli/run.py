@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import numpy as np
 from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -33,9 +28,9 @@ from ..saving import count_bytes, count_parameters, measure_latency, save_slimme
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .task_metrics import evaluate_task as _evaluate
+from .task_metrics import make_compute_metrics
 from .tokenizer import load_tokenizer, make_byte_tokenizer
-
-_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "causal-lm": ()}
 
 
 @dataclass
@@ -280,7 +275,7 @@ def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, A
         "data_collator": (
             default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
         ),
-        "compute_metrics": _make_compute_metrics(setup.task),
+        "compute_metrics": make_compute_metrics(setup.task),
     }
 
 
@@ -295,29 +290,3 @@ def _train(trainer: Trainer) -> None:
     has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
     resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
     trainer.train(resume_from_checkpoint=resume)
-
-
-def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
-    found = trainer.evaluate()
-    metrics = {name: found[f"eval_{name}"] for name in (*_METRICS[task], "loss")}
-    if task == "causal-lm":
-        metrics["perplexity"] = math.exp(metrics["loss"])
-    return metrics
-
-
-def _make_compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]] | None:
-    """The metrics of a task from the modules that come with the package, so that nothing is fetched."""
-    folder = Path(__file__).with_name("metrics")
-    modules = [evaluate.load(str(folder / name), keep_in_memory=True) for name in _METRICS[task]]
-    if not modules:
-        return None
-
-    def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
-        logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
-        predictions = np.argmax(logits, axis=-1) if task == "classification" else np.squeeze(logits, axis=-1)
-        results: dict[str, float] = {}
-        for module in modules:
-            results.update(module.compute(predictions=predictions, references=evaluated.label_ids))
-        return results
-
-    return compute_metrics

@@ -17,6 +17,7 @@ from .module_copies import copy_modules
 from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
+from .saved_form import Form, cut_copy, find_form
 from .sparse_model import model_slim
 from .stock_config_fields import record_shapes
 from .undo import Undo

@@ -54,7 +54,7 @@ def find_costs(
     skeleton = Skeleton(model, found, sizes)
     batches = make_batches(model, budget.field)
     if budget.unit == "FLOPs":
-        return count_flop_costs(skeleton, structures, batches)
+        return count_flop_costs(skeleton, structures, batches, count_flops(skeleton, batches, {}))
     stopwatch = Stopwatch(skeleton, batches)
 
     def measure() -> tuple[float, dict]:

@@ -45,7 +45,9 @@ def make_batches(model: nn.Module, asked: str) -> Batches:
     return [make_inputs(part, LENGTH) for part in parts]
 
 
-def count_flop_costs(skeleton: Skeleton, structures: Sequence[Structure], batches: Batches) -> Costs:
+def count_flop_costs(
+    skeleton: Skeleton, structures: Sequence[Structure], batches: Batches, dense: Mapping[str, int]
+) -> Costs:
     """Count the floating-point operations that belong to the units of structures.
 
     Two for each multiplication with its addition, as `FlopCounterMode` of PyTorch counts them, in the dense model and
@@ -56,19 +58,55 @@ def count_flop_costs(skeleton: Skeleton, structures: Sequence[Structure], batche
         skeleton: The dense model.
         structures: Those of its structures that are to lose units.
         batches: What the forward pass is counted on.
+        dense: What `count_flops` gives for the dense model.
 
     Returns:
         The costs.
     """
-    dense = count_flops(skeleton, batches, {})
+    groups = group_structures(skeleton, structures, dense)
+    firsts = [group[0] for group in groups if group[0].units > group[0].multiple]
+    lost = _count_lost(skeleton, firsts, batches, dense)
     curves: dict[str, Curve] = {}
-    for group in group_structures(skeleton, structures, dense):
-        first = group[0]
-        left = first.units - first.multiple
-        lost = dense[""] - count_flops(skeleton, batches, {first.name: left})[""] if left else dense[""]
-        curve = Curve((0, first.units), (0.0, lost * first.units / first.multiple))
-        curves |= dict.fromkeys((s.name for s in group), curve)
+    for first, *others in groups:
+        operations = lost.get(first.name, dense[""]) * first.units / first.multiple
+        curves |= dict.fromkeys((s.name for s in (first, *others)), Curve((0, first.units), (0.0, operations)))
     return Costs("FLOPs", dense[""], curves)
+
+
+def _count_lost(
+    skeleton: Skeleton, structures: Sequence[Structure], batches: Batches, dense: Mapping[str, int]
+) -> dict[str, int]:
+    """The operations that structures lose with their last unit: in one pass, if each module belongs to one of them."""
+    smaller = {s.name: s.units - s.multiple for s in structures}
+    lost = dict.fromkeys(smaller, 0)
+    left = find_own(count_flops(skeleton, batches, smaller)) if smaller else {}
+    for path, operations in find_own(dense).items() if smaller else ():
+        if operations != left.get(path, 0):
+            owners = [s.name for s in structures if any(f"{m.tensor}.".startswith(f"{path}.") for m in s.members)]
+            if len(owners) != 1:
+                return {n: dense[""] - count_flops(skeleton, batches, {n: smaller[n]})[""] for n in smaller}
+            lost[owners[0]] += operations - left.get(path, 0)
+    return lost
+
+
+def find_own(flops: Mapping[str, int]) -> dict[str, int]:
+    """Find the operations of modules without those of what is in them.
+
+    Args:
+        flops: What `count_flops` gives.
+
+    Returns:
+        For each module's dotted name its own operations; by no name those of the model itself.
+    """
+    own = dict(flops)
+    for path, operations in flops.items():
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            if around in flops:
+                own[around] -= operations
+                break
+    return own
 
 
 def count_flops(skeleton: Skeleton, batches: Batches, kept: Kept) -> dict[str, int]:
@@ -81,10 +119,15 @@ def count_flops(skeleton: Skeleton, batches: Batches, kept: Kept) -> dict[str, i
 
     Returns:
         For each module's dotted name its number of operations; that of all modules by no name.
+
+    Raises:
+        ValueError: If the model has no values, and its code looks at them.
     """
     try:
         return _count(skeleton.build_countable(kept, has_values=False), batches, "meta")
-    except RUN_ERRORS:  # the code looks at values, which the meta device has not
+    except RUN_ERRORS as error:  # the code looks at values, which the meta device has not
+        if skeleton.device.type == "meta":
+            raise ValueError(f"{type(skeleton.model).__name__} runs only with weights: {error}") from error
         return _count(skeleton.build_countable(kept, has_values=True), batches, skeleton.device)
 
 

@@ -66,10 +66,7 @@ class Skeleton:
             The model.
         """
         model = self._cut(kept)
-        for part in find_pretrained(model):
-            part.set_attn_implementation("eager")
-            with suppress(ValueError):  # it has no experts
-                part.set_experts_implementation("batched_mm")
+        write_out(model)
         return _fill(model, self.device) if has_values else model.to("meta")
 
     def _cut(self, kept: Kept) -> nn.Module:
@@ -77,6 +74,18 @@ class Skeleton:
         smaller = [s for s in self.structures if kept.get(s.name, s.units) < s.units]
         compact_model(model, smaller, {s.name: torch.arange(s.units) < kept[s.name] for s in smaller})
         return model
+
+
+def write_out(model: nn.Module) -> None:
+    """Have the models in a module compute attention and experts as separate matrix products, which ask for no values.
+
+    Args:
+        model: The module; changed in place.
+    """
+    for part in find_pretrained(model):
+        part.set_attn_implementation("eager")
+        with suppress(ValueError):  # it has no experts
+            part.set_experts_implementation("batched_mm")
 
 
 def _fill(model: nn.Module, device: torch.device) -> nn.Module:

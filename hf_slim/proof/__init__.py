@@ -1,7 +1,7 @@
 """What a model computes, on which inputs, and whether two models compute the same."""
 
 from .higher_precision import widened
-from .made_inputs import RUN_ERRORS, evaluating, keeping_random_state, make_inputs
+from .made_inputs import RUN_ERRORS, describe, evaluating, keeping_random_state, make_inputs
 from .module_state import Snapshot
 from .output_comparison import (
     HALF,
@@ -15,3 +15,4 @@ from .output_comparison import (
     find_tensors,
     is_comparable,
 )
+from .output_differences import OutputDifference, measure_differences

@@ -34,7 +34,7 @@ FILL = 1e8
 
 HALF = (torch.float16, torch.bfloat16)
 """Types in which nothing is compared."""
-_PART = 1 << 22
+PART = 1 << 22
 """So many elements are compared at a time: outputs for a large vocabulary are as large as a model."""
 _SHAPED_BY_UNITS = ("past_", "cache", "attentions")
 
@@ -183,11 +183,11 @@ def _find_difference(wanted: torch.Tensor, got: torch.Tensor) -> tuple[float, fl
     limit = min(FILL, torch.finfo(wanted.dtype).max / 2)
     tolerance = TOLERANCES.get(wanted.dtype, TOLERANCES[torch.float32])
     scale = 0.0
-    for part in wanted.split(_PART):
+    for part in wanted.split(PART):
         size = part.double().abs()
         scale = max(scale, float(size.masked_fill(size >= limit, 0).max()))
     wrong = []
-    for part, other in zip(wanted.split(_PART), got.split(_PART), strict=True):
+    for part, other in zip(wanted.split(PART), got.split(PART), strict=True):
         size = part.double().abs()
         difference = (part.double() - other.double()).abs().masked_fill(part == other, 0)
         allowed = tolerance * size.masked_fill(size < limit, scale + ABSOLUTE).masked_fill(size.isinf(), 0)

@@ -3,5 +3,6 @@
 from .atomic_folder import check_folder
 from .model_folder import write_folder
 from .remote_code import portable
-from .report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency, render_table
+from .report import SlimReport, StructureSize, count_bytes, count_parameters, measure_latency, render_table, shorten
 from .save import save_slimmed
+from .ways_out import WayOut, find_ways_out

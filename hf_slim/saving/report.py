@@ -106,6 +106,21 @@ def render_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
+def shorten(number: float | None) -> str:
+    """A large number to four digits.
+
+    Args:
+        number: The number.
+
+    Returns:
+        For example `1.283 T`; nothing for None.
+    """
+    if number is None:
+        return ""
+    power = max(0, min(4, (len(str(round(number))) - 1) // 3))
+    return f"{number / 1000**power:.4g} {' KMGT'[power]}".strip()
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count the parameters of a model, each distinct parameter once.
 

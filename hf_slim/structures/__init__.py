@@ -21,4 +21,5 @@ from .structure import (
     get_tensor,
     total_units,
 )
+from .structure_groups import SkippedGroup, StructureGroup, group_by_place, group_skipped, name_range
 from .unit_counts import set_count

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from conftest import build, half_masks
+from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LongformerModel, MixtralConfig, MixtralForCausalLM
 
 from hf_slim import SlimConfig, find_structures
 from hf_slim.arguments import read_budget
 from hf_slim.compaction.cut_tensors import compact_model
+from hf_slim.costs import budget_costs, flop_costs
 from hf_slim.costs.budget_costs import find_costs
 from hf_slim.costs.flop_costs import count_flops, group_structures, make_batches
 from hf_slim.costs.skeleton import Skeleton
@@ -102,6 +104,38 @@ def test_equal_structures_are_counted_once():
     groups = group_structures(skeleton, found.structures, flops)
     assert sorted(len(group) for group in groups) == [1, 1, 1, 3, 3]  # heads that share a table of biases are one
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize(("is_told_apart", "passes"), [(True, 2), (False, 7)])
+def test_structures_are_counted_in_one_pass_if_modules_tell_them_apart(is_told_apart, passes, monkeypatch):
+    model = build("t5")
+    expected = find(model, FLOPS)
+    counted = []
+
+    def count_and_note(*arguments):
+        counted.append(arguments)
+        return count_flops(*arguments)
+
+    for module in (flop_costs, budget_costs):
+        monkeypatch.setattr(module, "count_flops", count_and_note)
+    if not is_told_apart:
+        monkeypatch.setattr(flop_costs, "find_own", lambda flops: {"": flops[""]})
+    costs = find(model, FLOPS)
+    assert len(counted) == passes  # the dense model, all five groups together, and each by itself
+    assert costs.curves == expected.curves
+
+
+def test_own_operations_are_without_those_inside():
+    flops = {"": 20, "a": 12, "a.b": 5, "a.b.c.d": 5, "e.f": 6}
+    assert flop_costs.find_own(flops) == {"": 2, "a": 7, "a.b": 0, "a.b.c.d": 5, "e.f": 6}
+
+
+def test_what_has_no_values_and_asks_for_them():
+    with torch.device("meta"):
+        model = LongformerModel(tiny_config("longformer"))
+    batch = {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
+    with pytest.raises(ValueError, match="^LongformerModel runs only with weights: "):
+        count_flops(Skeleton(model, (), {}), [batch], {})
 
 
 def test_a_built_model_has_the_sizes_and_runs():

@@ -1,0 +1,123 @@
+"""The model that a command line names: its config, its class, and the model without or with its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..compaction import find_auto_classes
+from ..proof import RUN_ERRORS
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Load the config of a model; no weights are read.
+
+    Args:
+        name: A Hub name, a folder, or a .json file.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If there is none, or it is no config that transformers knows; the message is one line.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"The folder {name} holds no config.json: name the folder that a model was saved in.")
+    if not path.exists():
+        _check_hub_name(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        where = name if path.exists() else f"{name}, which is no folder here and is asked for on the Hub"
+        raise ValueError(f"There is no config to be had from {where}: {_in_one_line(error)}") from error
+
+
+def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Find the class of the model that a config belongs to.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The class of transformers that it names as its architecture, else the one that `AutoModel` builds from it.
+
+    Raises:
+        ValueError: If no Auto class knows the config.
+    """
+    found = [getattr(transformers, name, None) for name in config.architectures or ()]
+    for kind in found:
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    classes = find_auto_classes(config)
+    if not classes:
+        raise ValueError(f"transformers has no model for a {type(config).__name__}: name a model that it has.")
+    return getattr(transformers, classes.get("AutoModel", next(iter(classes.values()))))
+
+
+def build_without_weights(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """Build the model of a config without values, at once and in no memory.
+
+    Args:
+        config: The config.
+        name: What it was loaded from, for the message.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        ValueError: If its class cannot be built from it; the message is one line.
+    """
+    kind: Any = find_model_class(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except (*RUN_ERRORS, ImportError, StrictDataclassError) as error:
+        raise ValueError(f"The config of {name} builds no {kind.__name__}: {_in_one_line(error)}") from error
+    model.tie_weights()
+    return model.to("meta")  # some classes make a parameter on the CPU all the same
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load a model by the class that its config names.
+
+    Args:
+        name: A Hub name or a folder.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If there is none; the message is one line.
+    """
+    kind: Any = find_model_class(load_config(name))
+    try:
+        return kind.from_pretrained(name)
+    except (*RUN_ERRORS, OSError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{name} cannot be loaded as {kind.__name__}: {_in_one_line(error)}") from error
+
+
+def _check_hub_name(name: str) -> None:
+    """Refuse what is not there and can be no name of the Hub."""
+    if name.startswith((".", "~", os.sep)) or name.endswith(".json"):
+        raise ValueError(f"There is no file or folder {name}.")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{name!r} is no folder here and no name that the Hub can have, such as google-bert/bert-base-uncased: "
+            f"{_in_one_line(error)}"
+        ) from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The first paragraph of a message."""
+    return " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__

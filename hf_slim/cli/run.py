@@ -25,6 +25,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
@@ -83,7 +84,7 @@ def run(
     With `slim_teacher="dense"` the dense one is trained first, and the slimmed one learns from it.
 
     Both trainings start from the same weights and take the same seed, data order and number of steps. Their
-    checkpoints go to `masked` and `dense` in the output folder, the slim model to `slim`, the figures to
+    checkpoints go to `slimmed` and `dense` in the output folder, the slim model to `slim`, the figures to
     `comparison.json`. With `resume_from_checkpoint=true` each training goes on from its last checkpoint.
 
     Args:
@@ -105,10 +106,10 @@ def run(
     slim_model = output_dir / "slim"
 
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
-    dense = _train_dense(setup, training_arguments) if training_arguments.slim_teacher == "dense" else None
+    dense = _train_dense(setup, training_arguments, 1) if training_arguments.slim_teacher == "dense" else None
     teacher = None if dense is None else dense.model
     trainer = _make_slim_trainer(setup, training_arguments, _make_model(setup, training_arguments), teacher)
-    _train(trainer)
+    _train(trainer, 1 if dense is None else 2)
     metrics, models = {}, {}
     if find_shape(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
@@ -117,10 +118,10 @@ def run(
     )
     trainer.accelerator.wait_for_everyone()
     loaded = _auto_class(setup.task).from_pretrained(slim_model)
-    trainer = _make_trainer(setup, training_arguments, "masked", loaded)
+    trainer = _make_trainer(setup, training_arguments, "slimmed", loaded)
     metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
 
-    trainer = dense or _train_dense(setup, training_arguments)
+    trainer = dense or _train_dense(setup, training_arguments, 2)
     metrics["dense"], models["dense"] = _evaluate(trainer, setup.task), trainer.model
 
     batch = dict(next(iter(trainer.get_eval_dataloader())))
@@ -130,7 +131,7 @@ def run(
         name: ModelFigures(metrics[name], count_parameters(model), count_bytes(model), latency[name])
         for name, model in models.items()
     }
-    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model))
+    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model), setup.task)
     if training_arguments.process_index == 0:
         comparison.save(output_dir / "comparison.json")
     return comparison
@@ -255,7 +256,12 @@ def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, mo
     own.slim_target_params = own.slim_target_flops = own.slim_target_latency = None
     for name in TEACHER_FIELDS:
         setattr(own, name, getattr(SlimConfig(), name))
-    return Trainer(model, **_common(setup, own, part))
+    trainer = Trainer(model, **_common(setup, own, part))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # A trainer that only evaluates would log to the current folder.
+            callback.logging_dir = str(Path(own.output_dir) / "runs")
+    return trainer
 
 
 def _make_slim_trainer(
@@ -264,7 +270,7 @@ def _make_slim_trainer(
     own = copy.copy(arguments)
     if teacher is not None:
         own.slim_teacher = None
-    common = _common(setup, own, "masked")
+    common = _common(setup, own, "slimmed")
     return SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common)
 
 
@@ -284,14 +290,16 @@ def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, A
     }
 
 
-def _train_dense(setup: _Setup, arguments: SlimTrainingArguments) -> Trainer:
+def _train_dense(setup: _Setup, arguments: SlimTrainingArguments, number: int) -> Trainer:
     trainer = _make_trainer(setup, arguments, "dense", _make_model(setup, arguments))
-    _train(trainer)
+    _train(trainer, number)
     return trainer
 
 
-def _train(trainer: Trainer) -> None:
+def _train(trainer: Trainer, number: int) -> None:
     folder = trainer.args.output_dir
+    if trainer.is_world_process_zero():
+        print(f"Training {number} of 2: {Path(folder).name}", flush=True)
     has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
     resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
     trainer.train(resume_from_checkpoint=resume)

@@ -1,40 +1,40 @@
-"""The door of the `hf-slim` command, which prints its usage without the seconds that importing PyTorch takes.
+"""The door of the `hf-slim` command, which answers usage and mistakes without the seconds that PyTorch takes.
 
 It is installed beside the package, since to import anything in the package is to import hf_slim with its hooks.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from .app import app
+from .mistakes import is_mistake, print_mistake
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # not every typer exports the class itself
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
         argv: The arguments after the command's name; those of the process if not given.
 
     Returns:
-        The exit status, 0.
-
-    Raises:
-        ValueError: If an argument, a file or a column does not fit.
-        SystemExit: After help, or with a message about the usage or what bench needs and is not installed.
+        The exit status: 0, or 2 after a mistake, which is named in one line on stderr.
     """
-    parser = argparse.ArgumentParser(
-        prog="hf-slim",
-        description="Make a transformer model smaller and faster while it is fine-tuned, and compare it with the "
-        "model trained dense.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="demo   generated sentence pairs and a small BERT: no files and no network needed\n"
-        "run    your model and data: flags, or one .json file of them\n"
-        "prune  your trained model in one shot, without training, calibrated on your data\n"
-        "bench  times, FLOPs and peak memory of dense and slim models, as tables and a plot\n\n"
-        "hf-slim run --help, and so on, list the flags. demo takes those of run and has a default for what it needs.",
-    )
-    parser.add_argument("command", choices=["demo", "run", "prune", "bench"])
-    parser.add_argument("flags", nargs=argparse.REMAINDER)
-    chosen = parser.parse_args(argv)
-    from hf_slim.cli.subcommands import run_command
-
-    return run_command(chosen.command, chosen.flags)
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        found = app(args=words, prog_name="hf-slim", standalone_mode=False)
+        return found() if callable(found) else int(found or 0)
+    except Exception as error:
+        if isinstance(error, _UsageError):
+            usage: Any = error
+            prog = usage.ctx.command_path if usage.ctx is not None else "hf-slim"
+            return print_mistake(prog, f"{usage.format_message()} See `{prog} --help`.")
+        if is_mistake(error):
+            return print_mistake(f"hf-slim {words[0]}", error)
+        raise

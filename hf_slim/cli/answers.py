@@ -30,7 +30,7 @@ def answer(work: Callable[[], Any], as_json: bool) -> int:
 
     Args:
         work: Returns an `Answer`, or anything that prints and is a dataclass or has `to_dict`.
-        as_json: Whether to print one JSON object and nothing else on stdout; what is printed on the way goes to stderr.
+        as_json: Whether to print one JSON object and nothing else on stdout; what is printed before goes to stderr.
 
     Returns:
         The exit status, 0.
@@ -63,4 +63,3 @@ def to_json(found: Any) -> Any:
     if isinstance(found, (list, tuple)):
         return [to_json(value) for value in found]
     return None if isinstance(found, float) and not math.isfinite(found) else found
-

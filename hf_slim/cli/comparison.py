@@ -48,7 +48,7 @@ class Comparison:
     task: Task
 
     def __str__(self) -> str:
-        """The table, where the slimmed model lies, and two commands to type next: one that loads it, one to push it."""
+        """The table, where the slimmed model lies, and two commands to type next, to load and to push it."""
         models = {"dense": self.dense, "masked": self.masked, "slimmed": self.slimmed}
         columns = {name: figures for name, figures in models.items() if figures is not None}
         rows: list[tuple[str, ...]] = [("", *columns)]

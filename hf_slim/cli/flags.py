@@ -65,7 +65,7 @@ def describe_flags(prog: str, does: str, kinds: Kinds) -> str:
     Returns:
         The text, at most 50 lines of 100 columns.
     """
-    ours = {title: [_describe(field, kind) for field in _list_fields(kind, ours=True)] for title, kind in kinds.items()}
+    ours = {name: [_describe(field, kind) for field in _list_fields(kind, ours=True)] for name, kind in kinds.items()}
     first = [f"Usage: {prog} FLAGS, or {prog} FILE.json, which holds them", *textwrap.wrap(does, _WIDTH)]
     last = []
     if any(issubclass(kind, TrainingArguments) for kind in kinds.values()):

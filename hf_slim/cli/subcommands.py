@@ -23,8 +23,7 @@ from .run import ModelArguments, run
 _RUN: Kinds = {"Model": ModelArguments, "Data": DataArguments, "Slimming": SlimTrainingArguments}
 _PRUNE: Kinds = {"Model": PruneArguments, "Data": DataArguments, "Slimming": SlimConfig}
 _DOES = {
-    "demo": "Train a small BERT on generated sentence pairs, dense and slimmed, and compare. It has a default for every "
-    "flag.",
+    "demo": "Train a small BERT on generated sentence pairs, dense and slimmed, and compare. No flag is needed.",
     "run": "Train a model on your data, slimmed and dense, under the same settings, and compare.",
     "prune": "Slim a trained model in one shot, without training, calibrated on your data, and save it.",
     "bench": "Measure what training and inference cost, dense and slim, and what slimming costs.",

@@ -1,18 +1,19 @@
 """The subcommands of `hf-slim` as typer sees them: their arguments and help, and which function does the work.
 
 A command returns the work, which imports what it needs; `main` does it when typer has read the arguments. To add one,
-write a function here that returns `_later(MODULE, FUNCTION, as_json, ...)`, for a function of a module of `hf_slim.cli`;
-what that returns is printed, as its `str` or, with `--json`, as its fields or its `to_dict`.
+write a function here that returns `_later(MODULE, FUNCTION, as_json, ...)`, for a function of a module of
+`hf_slim.cli`; what that returns is printed, as its `str` or, with `--json`, as its fields or its `to_dict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
+from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 
 from .flag_names import check_needed, find_flags
 
@@ -37,8 +38,24 @@ class _PassedOn(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its parameters: none, but for our flags while a shell completes a word."""
-        names = find_flags(str(self.name)) if ctx.resilient_parsing else ()
-        return [*super().get_params(ctx), *(TyperOption(param_decls=[f"--{name}", name]) for name in names)]
+        return [
+            *super().get_params(ctx),
+            *(_make_options(find_flags(str(self.name))) if ctx.resilient_parsing else ()),
+        ]
+
+
+def _make_options(names: Iterable[str]) -> list[Any]:
+    """Options of a command, as typer makes them of the signature of a function."""
+
+    def command(**flags: str) -> None: ...
+
+    kinds = {name: Annotated[str, typer.Option(f"--{name}")] for name in names}
+    parameters = [Parameter(name, Parameter.KEYWORD_ONLY, default="", annotation=kinds[name]) for name in kinds]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = kinds
+    options = typer.Typer(add_completion=False)
+    options.command()(command)
+    return list(typer.main.get_command(options).params)
 
 
 def _passed_on(name: str, does: str) -> None:
@@ -101,7 +118,7 @@ def push(
     ] = False,
 ) -> Work:
     """Upload the folder of a slim model to the Hub, in one commit."""
-    keywords = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+    keywords: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     return _later("push", "push", folder=folder, repo_id=repo_id, **keywords)
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _UsageError):
             usage: Any = error
-            prog = usage.ctx.command_path if usage.ctx is not None else "hf-slim"
+            prog = usage.ctx.command_path if usage.ctx is not None else f"hf-slim {words[0]}"
             return print_mistake(prog, f"{usage.format_message()} See `{prog} --help`.")
         if is_mistake(error):
             return print_mistake(f"hf-slim {words[0]}", error)

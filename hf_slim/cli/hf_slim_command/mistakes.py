@@ -11,10 +11,11 @@ _SPEAKING = (
     *("transformers.models.auto", "transformers.tokenization_", "transformers.trainer", "transformers.training_args"),
 )
 """Modules whose errors speak of settings and files, by what their names begin with."""
+_BUGS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)
 _RAISE = opcode.opmap["RAISE_VARARGS"]
 
 
-def is_mistake(error: BaseException) -> bool:
+def is_mistake(error: Exception) -> bool:
     """Whether an error says what the user can mend, and not that code is wrong.
 
     That is what the system refuses (files, the network), and what a `raise` statement of ours says, or one of a module
@@ -30,7 +31,7 @@ def is_mistake(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return True
     trace = error.__traceback__
-    if trace is None or not isinstance(error, (ValueError, RuntimeError, ImportError)):
+    if trace is None or isinstance(error, _BUGS):
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..compaction import has_remote_code
 from ..modeling_hf_slim import RECORD_KEY, is_record
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters, write_model_card
 from ..structures import find_structures
-from .slim_folder import check_slim_folder, load_model, read_card
+from .model_folder import check_slim_folder, load_card, load_model
 
 
 def card(folder: str) -> str:
@@ -43,7 +42,7 @@ def _write(model: PreTrainedModel, report: SlimReport, folder: Path) -> None:
     there = folder / "README.md"
     with tempfile.TemporaryDirectory(prefix=".card-", dir=folder) as apart:
         write_model_card(
-            model, report, Path(apart), _find_name(there), has_remote_code(model.config), _find_metrics(there), there
+            model, report, Path(apart), _find_name(there), has_remote_code(model.config), _find_metrics(folder), there
         )
         os.replace(Path(apart) / "README.md", there)
 
@@ -68,7 +67,8 @@ def _find_dense(config: PreTrainedConfig, folder: Path) -> PreTrainedConfig:
     stripped = _strip(fields)
     if stripped != fields:
         return type(config).from_dict(stripped)
-    base = read_card(folder).get("base_model")
+    card = load_card(folder)
+    base = card.data.get("base_model") if card is not None else None
     if not isinstance(base, str):
         raise ValueError(
             f"{folder} does not say what the model was before it was slimmed: its config is a stock one. Name the "
@@ -94,8 +94,8 @@ def _find_name(card: Path) -> str:
     return named[1] if named else card.parent.resolve().name
 
 
-def _find_metrics(card: Path) -> dict[str, float]:
+def _find_metrics(folder: Path) -> dict[str, float]:
     """The evaluation in the metadata of the card that is there."""
-    data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
-    results = getattr(data, "eval_results", None) or ()
+    card = load_card(folder)
+    results = card.data.get("eval_results") or () if card is not None else ()
     return {f"eval_{result.metric_type}": float(result.metric_value) for result in results}

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..saving import SlimReport, check_folder, save_slimmed
-from .slim_folder import load_model
+from .model_folder import check_place, load_model
 
 _LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),
@@ -37,8 +37,7 @@ def compact(model: str, output_dir: str) -> SlimReport:
         VerificationError: If the slim model computes something else; nothing is written.
     """
     check_folder(output_dir)
-    if not Path(model).exists() and (model.startswith((".", "~", os.sep)) or model.count("/") > 1):
-        raise ValueError(f"There is no folder {model}.")
+    check_place("IN", model)
     loaded = load_model(model)
     folder = model if Path(model).is_dir() else snapshot_download(model, ignore_patterns=list(_LEFT_OUT))
     return save_slimmed(loaded, output_dir, processing_class=_OtherFiles(Path(folder)))

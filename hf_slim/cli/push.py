@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub.utils import validate_repo_id
 
 from ..saving import check_keywords, push_folder, rename_in_card
-from .slim_folder import check_slim_folder
+from .model_folder import check_slim_folder
 
 _NOT_OF_THE_MODEL = (".", "_", "checkpoint-")
 """What names of files and folders begin with that the Trainer does not upload, either."""

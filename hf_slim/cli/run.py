@@ -34,6 +34,7 @@ from ..saving import count_bytes, count_parameters, measure_latency, save_slimme
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .model_folder import check_place
 from .tokenizer import load_tokenizer, make_byte_tokenizer
 
 _METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "causal-lm": ()}
@@ -144,8 +145,7 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
             f"{'both' if model.config_name else 'neither'}."
         )
     for flag, name in vars(model).items():
-        if name is not None and _is_path(name) and not Path(name).exists():
-            raise ValueError(f"--{flag}: there is no file or folder {name}.")
+        check_place(f"--{flag}", name)
     if training.resume_from_checkpoint and str(training.resume_from_checkpoint).lower() != "true":
         raise ValueError(
             f"--resume_from_checkpoint must be true, got {training.resume_from_checkpoint!r}: there are two "
@@ -157,11 +157,6 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} is not writable; name another folder.")
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path, since no Hub name looks like that."""
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith((".json", ".txt"))
 
 
 def _prepare(model: ModelArguments, data: DataArguments, seed: int) -> _Setup:

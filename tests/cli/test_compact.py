@@ -74,7 +74,7 @@ def test_a_model_can_be_slimmed_where_it_is(sparse):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: "./nowhere", r"There is no folder ./nowhere."),
+        (lambda folder: "./nowhere", "IN: there is no file or folder ./nowhere."),
         (lambda folder: "user/no-model", "couldn't find them in the cached files"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{}"), "Unrecognized model in "),

@@ -65,6 +65,15 @@ def test_too_few_rows_are_refused_and_nothing_is_written(reviews: Path) -> None:
     assert not (reviews / "slim").exists()
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--tokenizer_name"])
+def test_a_path_where_nothing_is_is_refused(reviews: Path, flag: str) -> None:
+    flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv", flag, "/no/model"]
+    assert (
+        refuse("prune", *flags, "--output_dir", f"{reviews}/slim") == f"{flag}: there is no file or folder /no/model."
+    )
+    assert not (reviews / "slim").exists()
+
+
 def test_a_file_is_no_folder(reviews: Path) -> None:
     (reviews / "slim").write_text("")
     flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv"]

@@ -75,6 +75,11 @@ def _no_mark(folder):
     (folder / "README.md").write_text("# Mine\n")
 
 
+def _bad_card(folder):
+    _no_mark(folder)
+    (folder / "README.md").write_text("---\ntags: [\n---\n")
+
+
 @pytest.mark.parametrize("command", ["push", "card"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -82,6 +87,7 @@ def _no_mark(folder):
         (lambda folder: (folder / "config.json").unlink(), "holds no slim model: it has no config.json."),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no slim model: it has no weights."),
         (_no_mark, "holds no slim model: neither its config.json nor its README.md says so."),
+        (_bad_card, "README.md cannot be read: "),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no config: it holds a list."),
     ],

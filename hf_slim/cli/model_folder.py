@@ -1,14 +1,16 @@
-"""A folder of a model, looked at before anything is done with it."""
+"""The folder of a model, looked at before anything is done with it."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, PreTrainedModel
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..modeling_hf_slim import RECORD_KEY, is_record
 
@@ -35,7 +37,7 @@ def check_slim_folder(folder: str) -> Path:
     if not config.is_file() or not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
         lacking = "weights" if config.is_file() else "config.json"
         raise ValueError(f"{folder} holds no slim model: it has no {lacking}.")
-    if not _has_sizes(_read(config)) and _TAG not in read_card(path).get("tags", ()):
+    if not _has_sizes(_read(config)) and not _has_tag(load_card(path)):
         raise ValueError(
             f"{folder} holds no slim model: neither its config.json nor its README.md says so. To slim it, see "
             "`hf-slim compact` and `hf-slim prune`."
@@ -43,18 +45,39 @@ def check_slim_folder(folder: str) -> Path:
     return path
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The metadata of the model card in a folder.
+def check_place(argument: str, name: str | None) -> None:
+    """Refuse a name that can only be a path, since no Hub name looks like that, where there is nothing.
+
+    Args:
+        argument: What it was given as, such as `--model_name_or_path`.
+        name: The name of a model or tokenizer, or a path.
+
+    Raises:
+        ValueError: If nothing is there.
+    """
+    if name is None or Path(name).exists():
+        return
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith((".json", ".txt")):
+        raise ValueError(f"{argument}: there is no file or folder {name}.")
+
+
+def load_card(folder: Path) -> ModelCard | None:
+    """Read the model card in a folder.
 
     Args:
         folder: The folder.
 
     Returns:
-        The fields; none without a card.
+        The card; None if there is none.
+
+    Raises:
+        ValueError: If its metadata cannot be read.
     """
     path = folder / "README.md"
-    fields = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
-    return {name: value for name, value in fields.items() if value is not None}
+    try:
+        return ModelCard.load(path) if path.is_file() else None
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata at the head of {path} cannot be read: {error}. Mend or move it.") from error
 
 
 def load_model(source: str) -> PreTrainedModel:
@@ -79,6 +102,10 @@ def load_model(source: str) -> PreTrainedModel:
             "does not have: load the model by its own class and call save_slimmed."
         )
     return found.from_pretrained(source).eval()
+
+
+def _has_tag(card: ModelCard | None) -> bool:
+    return card is not None and _TAG in (card.data.get("tags") or ())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,11 +252,14 @@ def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, mo
     own.slim_target_params = own.slim_target_flops = own.slim_target_latency = None
     for name in TEACHER_FIELDS:
         setattr(own, name, getattr(SlimConfig(), name))
-    trainer = Trainer(model, **_common(setup, own, part))
+    return _log_to_its_folder(Trainer(model, **_common(setup, own, part)))
+
+
+def _log_to_its_folder(trainer: Trainer) -> Trainer:
+    """Have a trainer log to its output folder; else one that only evaluates does to the current folder."""
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            # A trainer that only evaluates would log to the current folder.
-            callback.logging_dir = str(Path(own.output_dir) / "runs")
+        if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            callback.logging_dir = str(Path(trainer.args.output_dir, "runs", time.strftime("%Y%m%d-%H%M%S")))
     return trainer
 
 
@@ -266,7 +270,7 @@ def _make_slim_trainer(
     if teacher is not None:
         own.slim_teacher = None
     common = _common(setup, own, "slimmed")
-    return SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common)
+    return _log_to_its_folder(SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common))
 
 
 def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ setup(
         "datasets>=4",
         "evaluate>=0.4.6",
         "rich",
+        "typer",
     ],
     extras_require={
         "test": TEST,

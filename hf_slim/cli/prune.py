@@ -18,6 +18,7 @@ from ..one_shot import MethodName, slim
 from ..proof import make_inputs
 from ..saving import SlimReport, check_folder, write_folder
 from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .model_folder import check_place
 from .tokenizer import load_tokenizer
 
 
@@ -57,6 +58,8 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         ValueError: If an argument, a file or a column is missing or does not fit; nothing is written then.
     """
     folder = check_folder(arguments.output_dir)
+    for flag in ("model_name_or_path", "tokenizer_name"):
+        check_place(f"--{flag}", getattr(arguments, flag))
     rows = load_text_data(data_arguments, seed=arguments.seed)
     tokenizer = _load_tokenizer(arguments)
     is_language_model = rows.task == "causal-lm"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
@@ -28,6 +30,7 @@ from ..saving import count_bytes, count_parameters, measure_latency, save_slimme
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .model_folder import check_place
 from .task_metrics import evaluate_task as _evaluate
 from .task_metrics import make_compute_metrics
 from .tokenizer import load_tokenizer, make_byte_tokenizer
@@ -78,7 +81,7 @@ def run(
     With `slim_teacher="dense"` the dense one is trained first, and the slimmed one learns from it.
 
     Both trainings start from the same weights and take the same seed, data order and number of steps. Their
-    checkpoints go to `masked` and `dense` in the output folder, the slim model to `slim`, the figures to
+    checkpoints go to `slimmed` and `dense` in the output folder, the slim model to `slim`, the figures to
     `comparison.json`. With `resume_from_checkpoint=true` each training goes on from its last checkpoint.
 
     Args:
@@ -100,10 +103,10 @@ def run(
     slim_model = output_dir / "slim"
 
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
-    dense = _train_dense(setup, training_arguments) if training_arguments.slim_teacher == "dense" else None
+    dense = _train_dense(setup, training_arguments, 1) if training_arguments.slim_teacher == "dense" else None
     teacher = None if dense is None else dense.model
     trainer = _make_slim_trainer(setup, training_arguments, _make_model(setup, training_arguments), teacher)
-    _train(trainer)
+    _train(trainer, 1 if dense is None else 2)
     metrics, models = {}, {}
     if find_shape(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
@@ -112,10 +115,10 @@ def run(
     )
     trainer.accelerator.wait_for_everyone()
     loaded = _auto_class(setup.task).from_pretrained(slim_model)
-    trainer = _make_trainer(setup, training_arguments, "masked", loaded)
+    trainer = _make_trainer(setup, training_arguments, "slimmed", loaded)
     metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
 
-    trainer = dense or _train_dense(setup, training_arguments)
+    trainer = dense or _train_dense(setup, training_arguments, 2)
     metrics["dense"], models["dense"] = _evaluate(trainer, setup.task), trainer.model
 
     batch = dict(next(iter(trainer.get_eval_dataloader())))
@@ -125,7 +128,7 @@ def run(
         name: ModelFigures(metrics[name], count_parameters(model), count_bytes(model), latency[name])
         for name, model in models.items()
     }
-    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model))
+    comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model), setup.task)
     if training_arguments.process_index == 0:
         comparison.save(output_dir / "comparison.json")
     return comparison
@@ -138,8 +141,7 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
             f"{'both' if model.config_name else 'neither'}."
         )
     for flag, name in vars(model).items():
-        if name is not None and _is_path(name) and not Path(name).exists():
-            raise ValueError(f"--{flag}: there is no file or folder {name}.")
+        check_place(f"--{flag}", name)
     if training.resume_from_checkpoint and str(training.resume_from_checkpoint).lower() != "true":
         raise ValueError(
             f"--resume_from_checkpoint must be true, got {training.resume_from_checkpoint!r}: there are two "
@@ -151,11 +153,6 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} is not writable; name another folder.")
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path, since no Hub name looks like that."""
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith((".json", ".txt"))
 
 
 def _prepare(model: ModelArguments, data: DataArguments, seed: int) -> _Setup:
@@ -250,7 +247,15 @@ def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, mo
     own.slim_target_params = own.slim_target_flops = own.slim_target_latency = None
     for name in TEACHER_FIELDS:
         setattr(own, name, getattr(SlimConfig(), name))
-    return Trainer(model, **_common(setup, own, part))
+    return _log_to_its_folder(Trainer(model, **_common(setup, own, part)))
+
+
+def _log_to_its_folder(trainer: Trainer) -> Trainer:
+    """Have a trainer log to its output folder; else one that only evaluates does to the current folder."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            callback.logging_dir = str(Path(trainer.args.output_dir, "runs", time.strftime("%Y%m%d-%H%M%S")))
+    return trainer
 
 
 def _make_slim_trainer(
@@ -259,8 +264,8 @@ def _make_slim_trainer(
     own = copy.copy(arguments)
     if teacher is not None:
         own.slim_teacher = None
-    common = _common(setup, own, "masked")
-    return SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common)
+    common = _common(setup, own, "slimmed")
+    return _log_to_its_folder(SlimTrainer(model, teacher_model=teacher, callbacks=[SlimTrainerCallback()], **common))
 
 
 def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, Any]:
@@ -279,14 +284,16 @@ def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, A
     }
 
 
-def _train_dense(setup: _Setup, arguments: SlimTrainingArguments) -> Trainer:
+def _train_dense(setup: _Setup, arguments: SlimTrainingArguments, number: int) -> Trainer:
     trainer = _make_trainer(setup, arguments, "dense", _make_model(setup, arguments))
-    _train(trainer)
+    _train(trainer, number)
     return trainer
 
 
-def _train(trainer: Trainer) -> None:
+def _train(trainer: Trainer, number: int) -> None:
     folder = trainer.args.output_dir
+    if trainer.is_world_process_zero():
+        print(f"Training {number} of 2: {Path(folder).name}", flush=True)
     has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
     resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
     trainer.train(resume_from_checkpoint=resume)

@@ -1,27 +1,37 @@
-"""The subcommands of `hf-slim`."""
+"""The subcommands of `hf-slim` whose flags are fields of dataclasses."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ..arguments import SlimConfig, SlimTrainingArguments
+from .answers import Answer, answer
 from .data import DataArguments
 from .demo import demo_flags, write_demo
+from .flags import Kinds, describe_all_flags, describe_flags, parse_flags
 from .prune import PruneArguments, prune
 from .run import ModelArguments, run
 
-_Flags = tuple[ModelArguments, DataArguments, SlimTrainingArguments]
+_RUN: Kinds = {"Model": ModelArguments, "Data": DataArguments, "Slimming": SlimTrainingArguments}
+_PRUNE: Kinds = {"Model": PruneArguments, "Data": DataArguments, "Slimming": SlimConfig}
+_DOES = {
+    "demo": "Train a small BERT on generated sentence pairs, dense and slimmed, and compare. No flag is needed.",
+    "run": "Train a model on your data, slimmed and dense, under the same settings, and compare.",
+    "prune": "Slim a trained model in one shot, without training, calibrated on your data, and save it.",
+    "bench": "Measure what training and inference cost, dense and slim, and what slimming costs.",
+}
 
 
-def run_command(command: str, flags: list[str]) -> int:
-    """Run a subcommand, and print what it gives.
+def run_command(command: str, flags: Sequence[str]) -> int:
+    """Run a subcommand, and print what it gives, or its help.
 
     Args:
         command: `demo`, `run`, `prune` or `bench`.
@@ -31,47 +41,52 @@ def run_command(command: str, flags: list[str]) -> int:
         The exit status, 0.
 
     Raises:
-        ValueError: If an argument, a file or a column does not fit.
-        SystemExit: After help, or with a message about the usage or what bench needs and is not installed.
+        ValueError: If an argument, a file or a column does not fit, or what bench needs is not installed.
     """
-    if command == "bench":
-        try:
-            from ..bench import BenchArguments, run_bench
-        except ModuleNotFoundError as error:
-            package = str(error.name).partition(".")[0]
-            raise SystemExit(f'hf-slim bench needs {package}: pip install "hf-slim[bench]"') from error
-        print(f"\n{run_bench(*_parse(flags, 'hf-slim bench', BenchArguments))}")
-        return 0
+    kinds = _bench_kinds() if command == "bench" else _PRUNE if command == "prune" else _RUN
+    for words, describe in (({"--help-all"}, describe_all_flags), ({"-h", "--help"}, describe_flags)):
+        if words & set(flags):
+            print(describe(f"hf-slim {command}", _DOES[command], kinds))
+            return 0
+    rest = [flag for flag in flags if flag != "--json"]
+    return answer(lambda: _run(command, rest, kinds), as_json="--json" in flags)
+
+
+def _bench_kinds() -> Kinds:
+    try:
+        from ..bench import BenchArguments
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise ValueError(f'this needs {package}: pip install "hf-slim[bench]"') from error
+    return {"Measuring": BenchArguments}
+
+
+def _run(command: str, flags: Sequence[str], kinds: Kinds) -> Any:
     if command == "prune":
-        print(f"\n{prune(*_parse(flags, 'hf-slim prune', PruneArguments, DataArguments, SlimConfig))}")
-        return 0
-    parsed = _parse_demo(flags) if command == "demo" else _parse_run(flags, "hf-slim run")
+        return prune(*parse_flags(flags, kinds))
+    if command == "bench":
+        return _bench(*parse_flags(flags, kinds))
+    parsed = _parse_demo(flags) if command == "demo" else parse_flags(flags, kinds)
     _set_up_logging(parsed[2])
-    print(f"\n{run(*parsed)}")
-    return 0
+    return run(*parsed)
 
 
-def _parse_demo(flags: list[str]) -> _Flags:
+def _bench(arguments: Any) -> Answer:
+    from ..bench import run_bench
+
+    text = run_bench(arguments)
+    return Answer(text, json.loads((Path(arguments.output_dir) / "bench.json").read_text(encoding="utf-8")))
+
+
+def _parse_demo(flags: Sequence[str]) -> tuple[Any, ...]:
     """The arguments of the demo, whose files are written now."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="hf_slim_demo")
     known, rest = parser.parse_known_args(flags)
     folder = Path(known.output_dir) / "data"
-    parsed = _parse_run([*demo_flags(folder), "--output_dir", known.output_dir, *rest], "hf-slim demo")
+    parsed = parse_flags([*demo_flags(folder), "--output_dir", known.output_dir, *rest], _RUN)
     write_demo(folder)
     return parsed
-
-
-def _parse_run(flags: list[str], prog: str) -> _Flags:
-    return _parse(flags, prog, ModelArguments, DataArguments, SlimTrainingArguments)
-
-
-def _parse(flags: list[str], prog: str, *kinds: type) -> Any:
-    """The flags, or what a .json file holds of them, as an instance of each of the dataclasses."""
-    parser = HfArgumentParser(kinds, prog=prog)
-    if len(flags) == 1 and flags[0].endswith(".json"):
-        return parser.parse_json_file(flags[0])
-    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
 def _set_up_logging(arguments: SlimTrainingArguments) -> None:

@@ -85,7 +85,7 @@ def run(recipe: str, data: str, seed: str, ffn2: str, mha: str, flags: Sequence[
     config, own = RECIPES[recipe]
     with tempfile.TemporaryDirectory() as folder:
         config.to_json_file(f"{folder}/config.json", use_diff=False)
-        hf_slim(
+        status = hf_slim(
             [
                 *("run", "--config_name", f"{folder}/config.json", "--output_dir", f"{folder}/out", "--seed", seed),
                 *("--ffn2_sparsity", ffn2, "--mha_sparsity", mha, *SHARED),
@@ -93,6 +93,8 @@ def run(recipe: str, data: str, seed: str, ffn2: str, mha: str, flags: Sequence[
                 *flags,
             ]
         )
+        if status != 0:
+            raise SystemExit(status)
         return json.loads(Path(folder, "out", "comparison.json").read_text())
 
 

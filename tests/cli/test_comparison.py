@@ -10,7 +10,7 @@ SLIMMED = ModelFigures({"pearson": float("nan"), "loss": 0.1984}, 423_681, 1_694
 
 
 def test_comparison_prints_side_by_side():
-    assert str(Comparison(DENSE, MASKED, SLIMMED, "out/slim")) == (
+    assert str(Comparison(DENSE, MASKED, SLIMMED, "out/my slim", "regression")) == (
         "                dense   masked  slimmed\n"
         "---------------------------------------\n"
         "pearson        0.9494   0.9489      nan\n"
@@ -19,18 +19,22 @@ def test_comparison_prints_side_by_side():
         "megabytes         3.3      3.3      1.7\n"
         "latency (ms)    28.56    28.41    16.52\n"
         "\n"
-        "The slim model lies in out/slim"
+        "The slim model lies in out/my slim. Next:\n"
+        "\n"
+        '  python -c "import hf_slim; from transformers import pipeline; '
+        "print(pipeline('text-classification', 'out/my slim')('some text'))\"\n"
+        "  hf-slim push 'out/my slim' USER/NAME"
     )
 
 
 def test_comparison_is_saved_as_strict_json(tmp_path):
-    Comparison(DENSE, MASKED, SLIMMED, "out/slim").save(tmp_path / "comparison.json")
+    Comparison(DENSE, MASKED, SLIMMED, "out/slim", "regression").save(tmp_path / "comparison.json")
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     content = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=refuse)
-    assert list(content) == ["dense", "masked", "slimmed", "slim_model"]
+    assert list(content) == ["dense", "masked", "slimmed", "slim_model", "task"]
     assert content["dense"] == {
         "metrics": {"pearson": 0.94944, "loss": 0.196},
         "parameters": 818_689,

@@ -1,9 +1,11 @@
 """hf-slim prune: a trained model slimmed in one shot, calibrated on a file."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from commands import refuse
 from conftest import build
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
@@ -47,8 +49,10 @@ def test_a_language_model_is_slimmed_and_saved(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 20)
     flags = ["--model_name_or_path", f"{tmp_path}/gpt2", "--train_file", f"{tmp_path}/text.txt"]
     flags += ["--output_dir", f"{tmp_path}/slim", "--num_calibration_samples", "20", "--max_seq_length", "16", *HALF]
-    assert main(["prune", *flags]) == 0
-    assert "transformer.h.0.mlp.c_proj" in capsys.readouterr().out
+    assert main(["prune", *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["structures"][1] == {"name": "transformer.h.0.mlp.c_proj", "kind": "ffn", "before": 64, "after": 32}
+    assert report["parameters_after"] < report["parameters_before"] and report["unproven"] == []
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     assert slim.transformer.h[0].mlp.c_proj.weight.shape == (32, 32)
     assert torch.isfinite(slim(input_ids=torch.arange(9)[None]).logits).all()
@@ -56,13 +60,22 @@ def test_a_language_model_is_slimmed_and_saved(tmp_path: Path, capsys: pytest.Ca
 
 def test_too_few_rows_are_refused_and_nothing_is_written(reviews: Path) -> None:
     flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv"]
-    with pytest.raises(ValueError, match="num_calibration_samples=512 asks for more"):
-        main(["prune", *flags, "--output_dir", f"{reviews}/slim", *HALF])
+    message = refuse("prune", *flags, "--output_dir", f"{reviews}/slim", *HALF)
+    assert message.startswith("The data set has 32 samples, and num_calibration_samples=512 asks for more: ")
+    assert not (reviews / "slim").exists()
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--tokenizer_name"])
+def test_a_path_where_nothing_is_is_refused(reviews: Path, flag: str) -> None:
+    flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv", flag, "/no/model"]
+    assert (
+        refuse("prune", *flags, "--output_dir", f"{reviews}/slim") == f"{flag}: there is no file or folder /no/model."
+    )
     assert not (reviews / "slim").exists()
 
 
 def test_a_file_is_no_folder(reviews: Path) -> None:
     (reviews / "slim").write_text("")
     flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv"]
-    with pytest.raises(NotADirectoryError, match="slim.* is a file; name a folder"):
-        main(["prune", *flags, "--output_dir", f"{reviews}/slim", *HALF])
+    message = refuse("prune", *flags, "--output_dir", f"{reviews}/slim", *HALF)
+    assert message.endswith("slim' is a file; name a folder.")

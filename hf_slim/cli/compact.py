@@ -1,0 +1,69 @@
+"""`hf-slim compact`: the zero units of an already sparse model removed, with proof, and everything else kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..saving import SlimReport, check_folder, save_slimmed
+from .model_folder import check_place, load_model
+
+_LEFT_OUT = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),
+    *("*.index.json", "config.json", "trainer_state.json", "modeling_hf_slim.py", ".*"),
+)
+"""Files beside a model that hold its weights in whatever form, or the state of a training, or are written anew."""
+
+
+def compact(model: str, output_dir: str) -> SlimReport:
+    """Remove the zero units of a saved model, and save the slim one with the tokenizer and the other files.
+
+    Args:
+        model: A folder or a Hub name.
+        output_dir: The folder for the slim model.
+
+    Returns:
+        The sizes before and after.
+
+    Raises:
+        ValueError: If the model cannot be slimmed.
+        OSError: If there is no such model, or the folder cannot be written.
+        VerificationError: If the slim model computes something else; nothing is written.
+    """
+    check_folder(output_dir)
+    check_place("IN", model)
+    loaded = load_model(model)
+    folder = model if Path(model).is_dir() else snapshot_download(model, ignore_patterns=list(_LEFT_OUT))
+    return save_slimmed(loaded, output_dir, processing_class=_OtherFiles(Path(folder)))
+
+
+@dataclass(frozen=True)
+class _OtherFiles:
+    """What lies beside the weights of a model, saved like a tokenizer, since it is saved with one."""
+
+    folder: Path
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the files, but for those that are there."""
+        for path in self._find():
+            copy = Path(folder) / path.relative_to(self.folder)
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+    def _find(self) -> Iterator[Path]:
+        yield from (path for path in self.folder.iterdir() if path.is_file() and not _matches(path, _LEFT_OUT))
+        modules = self.folder / "modules.json"  # a model of sentence-transformers has folders of further modules
+        for part in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():
+            if part["path"]:
+                yield from (path for path in (self.folder / part["path"]).rglob("*") if path.is_file())
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)

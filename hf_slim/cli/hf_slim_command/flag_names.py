@@ -1,0 +1,74 @@
+"""The names of our flags, read off the source of the dataclasses that hold them: to import these takes PyTorch."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+_DATA = ("cli/data.py", "DataArguments")
+_SLIM = ("arguments/slim_fields.py", "SlimArgumentsMixin")
+_RUN = (("cli/run.py", "ModelArguments"), _DATA, _SLIM)
+_CLASSES = {
+    "demo": _RUN,
+    "run": _RUN,
+    "prune": (("cli/prune.py", "PruneArguments"), _DATA, _SLIM),
+    "bench": (("bench/flags.py", "BenchArguments"),),
+}
+"""For subcommands the files, within the package, and classes of their flags, but for those of the Trainer."""
+
+
+def find_flags(command: str) -> dict[str, bool]:
+    """Find our flags of a subcommand.
+
+    Args:
+        command: `demo`, `run`, `prune` or `bench`.
+
+    Returns:
+        For each name, without dashes, whether the flag has to be given.
+    """
+    spec = find_spec("hf_slim")
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
+    return {name: needed for file, owner in _CLASSES[command] for name, needed in _read(package / file, owner)}
+
+
+def check_needed(command: str, flags: Sequence[str]) -> None:
+    """Refuse flags among which one is missing that has to be given.
+
+    Args:
+        command: The subcommand.
+        flags: The arguments after it.
+
+    Raises:
+        ValueError: If one is missing; the message names it.
+    """
+    words = [word for word in flags if word != "--json"]
+    is_file = len(words) == 1 and words[0].endswith(".json")
+    if command == "demo" or is_file or {"-h", "--help", "--help-all"} & set(words):  # the demo has all defaults
+        return
+    given = [word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    known = find_flags(command)
+    missing = [name for name in _needed(known) if not any(f"__{name}".startswith(word) for word in given)]
+    if not missing:
+        return
+    unknown = [word[2:] for word in given if word[2:] not in known]
+    for name in missing:
+        for typo in difflib.get_close_matches(name, unknown, 1):
+            raise ValueError(f"There is no flag --{typo}: did you mean --{name}?")
+    raise ValueError(f"--{' and --'.join(missing)} must be given; `hf-slim {command} --help` lists the flags.")
+
+
+def _needed(flags: Mapping[str, bool]) -> list[str]:
+    return [name for name, needed in flags.items() if needed]
+
+
+def _read(file: Path, owner: str) -> Iterator[tuple[str, bool]]:
+    """The fields of a dataclass, and whether each lacks a default."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
+            yield node.target.id, not any(str(word.arg).startswith("default") for word in node.value.keywords)

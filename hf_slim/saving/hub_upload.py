@@ -58,7 +58,7 @@ def add_hub_fields(keywords: Mapping[str, Any], arguments: Any) -> dict[str, Any
     return {key: value for key, value in values.items() if value is not None}
 
 
-def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> None:
+def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> str:
     """Upload the files that a save wrote, and delete those of the model that they replace in the same commit.
 
     Args:
@@ -67,6 +67,9 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
         written: The files to upload, relative to the folder.
         repo_id: The repository, with or without the user's name; made if it is not there.
         keywords: Those of `check_keywords`.
+
+    Returns:
+        The address of the commit, or of the pull request.
 
     Raises:
         RuntimeError: If any of it fails; the folder is whole.
@@ -83,7 +86,7 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision, token=token)
-        api.create_commit(
+        commit = api.create_commit(
             repo_id,
             [
                 *(CommitOperationDelete(name) for name in sorted(there) if is_replaced(PurePosixPath(name), written)),
@@ -96,6 +99,7 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
             f"The upload to {repo_id} failed: {error}. The slim model is whole in {folder}: upload it with "
             f"`{_make_command(folder, written, repo_id, keywords)}`, or save it again."
         ) from error
+    return commit.pr_url or commit.commit_url
 
 
 def _make_command(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> str:

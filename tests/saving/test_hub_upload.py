@@ -105,7 +105,8 @@ def test_a_hub_that_is_not_there(upload, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
 
 
-FILES = {"README.md", "config.json", "model.safetensors", "modeling_hf_slim.py"}
+CARD = {"README.md", "hf_slim_layers.svg", "slim_report.json"}
+FILES = {*CARD, "config.json", "model.safetensors", "modeling_hf_slim.py"}
 OTHERS = [".env", "data/rows.csv", "optimizer.pt", "training_args.bin", "checkpoint-3/model.safetensors", "notes.txt"]
 
 
@@ -142,7 +143,8 @@ def test_the_command_for_an_upload_that_failed_names_only_what_was_saved(upload,
     output = upload(tmp_path / "slim", script, faults={"/commit/": 500})
     assert output.endswith(
         f"upload it with `hf upload me/slim-bert {tmp_path}/slim --revision v2 --include README.md --include "
-        "config.json --include model.safetensors --include modeling_hf_slim.py`, or save it again.\n"
+        "config.json --include hf_slim_layers.svg --include model.safetensors --include modeling_hf_slim.py --include "
+        "slim_report.json`, or save it again.\n"
     )
 
 
@@ -168,9 +170,9 @@ def test_files_of_containers_are_uploaded(upload, hub, tmp_path):
     (tmp_path / "slim" / "1_Head" / "notes.bin").write_text("mine")
     there = {"1_Head/model.safetensors", "inner/adapter_config.json", "2_Other/model.safetensors"}
     upload(tmp_path / "slim", CONTAINER, files=there)
-    inner = {f"inner/{name}" for name in FILES - {"README.md"}}
+    inner = {f"inner/{name}" for name in FILES - CARD}
     assert operations(hub) == (
-        {"README.md", "1_Head/pytorch_model.bin", *inner},
+        {*CARD, "1_Head/pytorch_model.bin", *inner},
         {"1_Head/model.safetensors", "inner/adapter_config.json"},
     )
     assert (tmp_path / "slim" / "1_Head" / "notes.bin").read_text() == "mine"

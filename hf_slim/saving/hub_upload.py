@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .atomic_folder import is_replaced
-from .model_card import rename_in_card
+from .model_card import CARD, rename_in_card
+from .saved_report import read_report, write_report
 
 _CREATE_KEYWORDS = ("token", "private")
 _UPLOAD_KEYWORDS = ("token", "revision", "commit_message", "commit_description", "create_pr")
@@ -82,7 +83,9 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
     given = repo_id
     try:
         repo_id = api.create_repo(given, exist_ok=True, **create).repo_id
-        rename_in_card(folder / "README.md", given, repo_id)
+        if given != repo_id:
+            rename_in_card(folder / CARD, given, repo_id)
+            write_report(folder, read_report(folder)._replace(name=repo_id))
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision, token=token)

@@ -24,6 +24,8 @@ PICTURE = "hf_slim_layers.svg"
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _TAGS = ("hf_slim", "pruning")
+_FIELDS = (*("library_name", "tags", "base_model", "base_model_relation", "pipeline_tag", "datasets", "model-index"),)
+"""Metadata that are of one model; a license and others that somebody has added are of the repository."""
 _TITLE = "Slimmed with hf_slim"
 _OURS = re.compile(r"attention heads were removed physically with \[?hf_slim\b")
 
@@ -34,7 +36,7 @@ def write_model_card(
     """Write `README.md` and its picture.
 
     A card that is there, since what holds the model wrote one, gets ours at its end; its metadata stay as they are but
-    for our tags.
+    for our tags. One that is ours is written anew; fields that somebody has added to its metadata stay.
 
     Args:
         facts: What is known of the model.
@@ -50,11 +52,16 @@ def write_model_card(
         ValueError: If the metadata of a card that is there cannot be read.
     """
     path = folder / CARD
-    if earlier is not None and earlier.is_file() and not path.exists() and not _is_ours(earlier):
+    if earlier is not None and earlier.is_file() and not path.exists():
         shutil.copyfile(earlier, path)
-    there = path.exists() and not _is_ours(path)
-    card = make_model_card(facts, report, repo_id=repo_id, title=_TITLE if there else None)
-    if there:
+    is_ours = path.exists() and _is_ours(path)
+    card = make_model_card(facts, report, repo_id=repo_id, title=None if is_ours or not path.exists() else _TITLE)
+    if is_ours:
+        for name, value in _load_card(path).data.to_dict().items():
+            if name not in _FIELDS and card.data.get(name) is None:
+                card.data[name] = value
+        card.save(path)
+    elif path.exists():
         theirs = _load_card(path)
         theirs.data["tags"] = list(dict.fromkeys([*(theirs.data.get("tags") or []), *_TAGS]))
         before = theirs.text.partition(f"\n# {_TITLE}\n")[0]  # ours may be in it from an earlier time
@@ -84,7 +91,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def rename_in_card(path: Path, name: str, repo_id: str) -> None:
-    """Have a card load the model by the whole name of its repository.
+    """Have a card call the model, and load it, by another name, with all that others wrote in it as it is.
 
     Args:
         path: The card.
@@ -93,6 +100,9 @@ def rename_in_card(path: Path, name: str, repo_id: str) -> None:
     """
     if name != repo_id:
         card = path.read_text(encoding="utf-8")
+        title, new_title = (whole.rpartition("/")[2] for whole in (name, repo_id))
+        card = card.replace(f"\n# {title}\n", f"\n# {new_title}\n", 1)
+        card = card.replace(f"\nmodel-index:\n- name: {title}\n", f"\nmodel-index:\n- name: {new_title}\n", 1)
         renamed = path.with_name(f".{path.name}.renamed")
         card = card.replace(f'.from_pretrained("{name}"', f'.from_pretrained("{repo_id}"')
         renamed.write_text(card, encoding="utf-8")

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from .hub_upload import check_keywords, push_folder
-from .model_card import write_model_card
-from .saved_report import SavedReport, read_report, write_report
+from .model_card import CARD, rename_in_card, write_model_card
+from .saved_report import read_report, write_report
 
 
 def push_slimmed(folder: str | os.PathLike[str], repo_id: str, **hub_kwargs: Any) -> str:
@@ -41,9 +41,8 @@ def push_slimmed(folder: str | os.PathLike[str], repo_id: str, **hub_kwargs: Any
     validate_repo_id(repo_id)
     if missing := [str(file) for file in saved.files if not (path / file).is_file()]:
         raise ValueError(f"{path} lacks {', '.join(missing)}, which was saved there: save the model again.")
-    if saved.name != repo_id:
-        saved = saved._replace(name=repo_id)
-        _write(path, saved)
+    rename_in_card(path / CARD, saved.name, repo_id)
+    write_report(path, saved._replace(name=repo_id))
     return push_folder(path, saved.files, repo_id, hub_kwargs)
 
 
@@ -54,6 +53,8 @@ def renew_card(
     metrics_before: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the card of a saved slim model again, with metrics that were found since.
+
+    What others wrote stays: a card that ours is a section of, and fields of the metadata.
 
     Args:
         folder: A folder that `save_slimmed` wrote.
@@ -73,11 +74,6 @@ def renew_card(
         facts = replace(facts, provenance=replace(facts.provenance, metrics=dict(metrics)))
     if metrics_before is not None:
         facts = replace(facts, metrics_before=dict(metrics_before))
-    return _write(path, saved._replace(facts=facts))
-
-
-def _write(folder: Path, saved: SavedReport) -> Path:
-    """The card, its picture and the report, with what others wrote into the card."""
-    card = write_model_card(saved.facts, saved.report, folder, saved.name, folder / "README.md")
-    write_report(folder, saved)
-    return card
+    saved = saved._replace(facts=facts)
+    write_report(path, saved)
+    return write_model_card(facts, saved.report, path, saved.name)

@@ -45,7 +45,9 @@ def write_report(folder: Path, saved: SavedReport) -> None:
         "card": saved.facts.to_dict(),
         "files": [str(path) for path in saved.files],
     }
-    (folder / REPORT).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    written = folder / f".{REPORT}.written"
+    written.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    written.replace(folder / REPORT)
 
 
 def read_report(folder: Path) -> SavedReport:

@@ -1,6 +1,8 @@
 """From a training to a repository of a Hub on this machine and back, with hf_slim and without it."""
 
 import pytest
+from conftest import build
+from huggingface_hub import ModelCard
 
 SAVE = """
 import sys, time
@@ -47,6 +49,22 @@ else:
     with torch.no_grad():
         print(sum(p.numel() for p in model.parameters()))
         print(type(model).__module__.rpartition(".")[2], model(torch.arange(5, 12)[None]).logits.tolist())
+"""
+FROM_BASE = """
+import sys
+from conftest import half_masks
+from huggingface_hub import constants
+from transformers import AutoModelForSequenceClassification
+from hf_slim import find_structures, save_slimmed
+from hf_slim.compaction.zeros import zero_units
+from hf_slim.saving.base_card import _fetch_card
+model = AutoModelForSequenceClassification.from_pretrained("me/base")
+structures = find_structures(model).structures
+zero_units(model, structures, half_masks(structures))
+for folder, offline in (("one", False), ("two", True)):
+    constants.HF_HUB_OFFLINE = offline
+    _fetch_card.cache_clear()
+    save_slimmed(model, f"{sys.argv[1]}/{folder}", verify=False)
 """
 EXPECTED = """
 import torch
@@ -163,3 +181,14 @@ def test_an_upload_that_was_cut_off_is_taken_up_again(run, load, hub, tmp_path):
     assert hub.asked("/commit/") and not hub.asked("PUT ")
     (_, printed), _ = load("me/slim-bert")
     assert near(printed.partition(" ")[2], run(EXPECTED.format("")))
+
+
+def test_the_license_comes_from_the_base_models_card_on_the_hub_or_in_the_cache(run, hub, tmp_path):
+    build("bert").save_pretrained(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.add_repository("me/base", files | {"README.md": b"---\nlicense: mit\n---\n# Base\n"})
+    run(FROM_BASE, tmp_path)
+    for folder in ("one", "two"):
+        data = ModelCard.load(tmp_path / folder / "README.md").data
+        assert (data.base_model, data.base_model_relation, data.license) == ("me/base", "finetune", "mit")
+    assert len(hub.asked("GET /me/base/resolve/main/README.md")) == 1

@@ -131,6 +131,7 @@ def test_only_what_was_saved_is_uploaded_and_takes_the_place_of_what_was_there(u
     assert all(hub.files("me/slim-bert")[name] == b"old" for name in kept)
     card = (tmp_path / "slim" / "README.md").read_text()
     assert 'AutoModelForSequenceClassification.from_pretrained("me/slim-bert")' in card and "# slim-bert\n" in card
+    assert json.loads((tmp_path / "slim" / "slim_report.json").read_text())["name"] == "me/slim-bert"
     assert {path.name for path in (tmp_path / "slim").iterdir()} == {
         *(FILES | {".env", "data", "optimizer.pt", "training_args.bin", "checkpoint-3", "notes.txt"})
     }

@@ -259,6 +259,23 @@ def test_metadata_of_another_card_stay(tmp_path):
     assert (tmp_path / "hf_slim_layers.svg").read_text().startswith("<svg ")
 
 
+def test_fields_that_were_added_to_our_metadata_stay(tmp_path):
+    """Those of another model do not."""
+    path = tmp_path / "README.md"
+    write_model_card(_find_facts(base_model="google/bert"), REPORT, tmp_path, "slim-x")
+    added = path.read_text().replace("---\n", "---\nlicense: mit\nlanguage: en\n", 1)
+    path.write_text(added + "\nmine\n")
+    (tmp_path / "new").mkdir()
+    write_model_card(_find_facts(metrics={}), REPORT, tmp_path / "new", "slim-x", path)
+    assert ModelCard.load(tmp_path / "new" / "README.md").data.to_dict() == {
+        "library_name": "transformers",
+        "license": "mit",
+        "language": "en",
+        "pipeline_tag": "text-classification",
+        "tags": ["hf_slim", "pruning"],
+    }
+
+
 def test_renaming_changes_the_line_that_loads(tmp_path):
     path = tmp_path / "README.md"
     _make(record=RECORD, has_remote_code=True).save(path)
@@ -267,4 +284,8 @@ def test_renaming_changes_the_line_that_loads(tmp_path):
     assert path.read_text() == before
     rename_in_card(path, "me/slim-x", "you/slim-x")
     assert before.count("me/slim-x") == 2 and path.read_text() == before.replace("me/slim-x", "you/slim-x")
+    rename_in_card(path, "you/slim-x", "you/other")
+    assert before.count("slim-x") == 4 and path.read_text() == before.replace("me/slim-x", "you/other").replace(
+        "slim-x", "other"
+    )
     assert list(tmp_path.iterdir()) == [path]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["matplotlib", "psutil"]
+PLOT = ["matplotlib"]
+BENCH = [*PLOT, "psutil"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 LINTERS = ["ruff", "mypy", "pre-commit"]
@@ -36,6 +37,7 @@ setup(
         "test": TEST,
         "docs": DOCS,
         "bench": BENCH,
+        "plot": PLOT,
         "integrations": INTEGRATIONS,
         "deepspeed": ["deepspeed", "ninja"],
     },

@@ -5,7 +5,7 @@ from .compaction import model_slim
 from .distillation import SlimTrainer, SlimTrainerMixin
 from .hooks import install_hooks
 from .one_shot import slim
-from .saving import SlimReport, save_slimmed
+from .saving import SlimReport, plot_training, push_slimmed, renew_card, save_slimmed
 from .structures import (
     Discovery,
     FfnLayout,
@@ -39,7 +39,10 @@ __all__ = [
     "find_structures",
     "model_slim",
     "parse_auto_slim_config",
+    "plot_training",
+    "push_slimmed",
     "register_layout",
+    "renew_card",
     "save_slimmed",
     "slim",
 ]

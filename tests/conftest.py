@@ -20,6 +20,8 @@ for name, value in {
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
+from hub_worker import Worker, running_worker  # noqa: E402
+from loopback_hub import HubServer, running_hub  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 import hf_slim  # noqa: E402, F401
@@ -165,6 +167,29 @@ def group(tmp_path: Path) -> Iterator[None]:
 def own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts that a test registers are forgotten after it."""
     monkeypatch.setattr("hf_slim.structures.projection_names._registered", [])
+
+
+@pytest.fixture(scope="session")
+def hub_and_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Worker]]:
+    """A Hub on this machine, and a process that has imported everything, whose forks run scripts that use it."""
+    with running_hub() as server:
+        environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "mine"}
+        with running_worker(tmp_path_factory.mktemp("worker"), environment) as worker:
+            yield server, worker
+
+
+@pytest.fixture
+def hub(hub_and_worker: tuple[HubServer, Worker]) -> HubServer:
+    """An empty Hub on this machine."""
+    hub_and_worker[0].reset()
+    return hub_and_worker[0]
+
+
+@pytest.fixture
+def worker(hub_and_worker: tuple[HubServer, Worker]) -> Worker:
+    """Runs scripts whose Hub is `hub`."""
+    return hub_and_worker[1]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -44,6 +45,8 @@ from hf_slim.training.checkpoints import find_whole_checkpoint
 COUNTED = (Trainer, SlimTrainerCallback, slimmer.Slimmer, callback, slimmer, saving, atomic_folder)
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")
 PHASES = {"_save_checkpoint": "checkpoint", "save_slimmed": "slim model"}
+TIMED = re.compile(rb"latency \(ms\)|^One forward pass|\"(milliseconds_(before|after)|machine)\":")
+"""Lines of a card and a report that are never the same twice."""
 SIZES = (3_000, 60_000)
 """The log of a run is smaller, and the weights of the slim model are larger."""
 
@@ -197,13 +200,16 @@ def add_others(folder: Path) -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The contents of all files in a folder, and where its links lead."""
+    """The contents of all files in a folder, but for what was timed, and where its links lead."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             found[str(path.relative_to(folder))] = f"to {os.readlink(path)}"
         elif path.is_file():
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            lines = path.read_bytes().splitlines(keepends=True)
+            if path.name in ("README.md", "slim_report.json"):
+                lines = [line for line in lines if not TIMED.search(line)]
+            found[str(path.relative_to(folder))] = hashlib.sha256(b"".join(lines)).hexdigest()
     return found
 
 

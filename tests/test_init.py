@@ -12,7 +12,7 @@ ROOMS = {
     "compaction": ["model_slim"],
     "distillation": ["SlimTrainer", "SlimTrainerMixin"],
     "one_shot": ["slim"],
-    "saving": ["SlimReport", "save_slimmed"],
+    "saving": ["SlimReport", "plot_training", "push_slimmed", "renew_card", "save_slimmed"],
     "structures": [
         *("Discovery", "FfnLayout", "Fused", "Member", "MhaLayout", "Skipped", "Structure"),
         *("find_structures", "register_layout"),

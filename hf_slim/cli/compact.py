@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..saving import SlimReport, check_folder, save_slimmed
-from .model_folder import check_place, load_model
+from .model_source import check_place, load_model
 
 _LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),

@@ -98,11 +98,34 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         ValueError: If there is none; the message is one line.
     """
-    kind: Any = find_model_class(load_config(name))
+    config = load_config(name)
+    named = next(iter(config.architectures or ()), None)
+    kind: Any = find_model_class(config)
+    if kind.__name__ != named:  # the class of another task would leave weights out
+        raise ValueError(
+            f"The config of {name} names {'no class' if named is None else f'the class {named}'}, which transformers "
+            "does not have: load the model by its own class and call save_slimmed."
+        )
     try:
         return kind.from_pretrained(name)
     except (*RUN_ERRORS, OSError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{name} cannot be loaded as {kind.__name__}: {_in_one_line(error)}") from error
+
+
+def check_place(argument: str, name: str | None) -> None:
+    """Refuse a name that can only be a path, since no Hub name looks like that, where there is nothing.
+
+    Args:
+        argument: What it was given as, such as `--model_name_or_path`.
+        name: The name of a model or tokenizer, or a path.
+
+    Raises:
+        ValueError: If nothing is there.
+    """
+    if name is None or Path(name).exists():
+        return
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith((".json", ".txt")):
+        raise ValueError(f"{argument}: there is no file or folder {name}.")
 
 
 def _check_hub_name(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
 from transformers import (
@@ -16,9 +16,9 @@ from transformers import (
 from ..arguments import SlimConfig
 from ..one_shot import MethodName, slim
 from ..proof import make_inputs
-from ..saving import SlimReport, check_folder, write_folder
+from ..saving import Provenance, SlimReport, check_folder, find_settings, write_folder
 from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
-from .model_folder import check_place
+from .model_source import check_place
 from .tokenizer import load_tokenizer
 
 
@@ -74,7 +74,8 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         data_collator=default_data_collator if is_language_model else DataCollatorWithPadding(tokenizer),
         method=arguments.method,
     )
-    write_folder(folder, model, report, folder.name, tokenizer, [make_inputs(model)], {})
+    provenance = Provenance(settings={"method": arguments.method, **find_settings(asdict(config))})
+    write_folder(folder, model, report, folder.name, tokenizer, [make_inputs(model)], provenance)
     return report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,11 +27,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
 from ..distillation import SlimTrainer
-from ..saving import count_bytes, count_parameters, measure_latency, save_slimmed
+from ..saving import (
+    add_hub_fields,
+    count_bytes,
+    count_parameters,
+    measure_latency,
+    push_slimmed,
+    renew_card,
+    save_slimmed,
+)
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
-from .model_folder import check_place
+from .model_source import check_place
 from .task_metrics import evaluate_task as _evaluate
 from .task_metrics import make_compute_metrics
 from .tokenizer import load_tokenizer, make_byte_tokenizer
@@ -110,9 +119,7 @@ def run(
     metrics, models = {}, {}
     if find_shape(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
-    save_slimmed(
-        trainer, slim_model, push_to_hub=training_arguments.push_to_hub, repo_id=training_arguments.hub_model_id
-    )
+    save_slimmed(trainer, slim_model)
     trainer.accelerator.wait_for_everyone()
     loaded = _auto_class(setup.task).from_pretrained(slim_model)
     trainer = _make_trainer(setup, training_arguments, "slimmed", loaded)
@@ -131,7 +138,17 @@ def run(
     comparison = Comparison(figures["dense"], figures.get("masked"), figures["slimmed"], str(slim_model), setup.task)
     if training_arguments.process_index == 0:
         comparison.save(output_dir / "comparison.json")
+        _publish(slim_model, training_arguments, metrics["slimmed"], metrics["dense"])
     return comparison
+
+
+def _publish(folder: Path, arguments: SlimTrainingArguments, slim: dict[str, float], dense: dict[str, float]) -> None:
+    """Tell the card how good the dense model is, and upload the folder if that is asked for."""
+    metrics, before = ({f"eval_{name}": value for name, value in found.items()} for found in (slim, dense))
+    renew_card(folder, metrics=metrics, metrics_before=before)
+    if arguments.push_to_hub:
+        repo_id = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+        push_slimmed(folder, repo_id, **add_hub_fields({}, arguments))
 
 
 def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> None:
@@ -142,6 +159,8 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
         )
     for flag, name in vars(model).items():
         check_place(f"--{flag}", name)
+    if training.push_to_hub and training.hub_model_id is not None:
+        validate_repo_id(training.hub_model_id)
     if training.resume_from_checkpoint and str(training.resume_from_checkpoint).lower() != "true":
         raise ValueError(
             f"--resume_from_checkpoint must be true, got {training.resume_from_checkpoint!r}: there are two "

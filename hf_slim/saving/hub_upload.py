@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .atomic_folder import is_replaced
-from .model_card import rename_in_card
+from .model_card import CARD, rename_in_card
+from .saved_report import read_report, write_report
 
 _CREATE_KEYWORDS = ("token", "private")
 _UPLOAD_KEYWORDS = ("token", "revision", "commit_message", "commit_description", "create_pr")
@@ -58,7 +59,7 @@ def add_hub_fields(keywords: Mapping[str, Any], arguments: Any) -> dict[str, Any
     return {key: value for key, value in values.items() if value is not None}
 
 
-def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> None:
+def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> str:
     """Upload the files that a save wrote, and delete those of the model that they replace in the same commit.
 
     Args:
@@ -67,6 +68,9 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
         written: The files to upload, relative to the folder.
         repo_id: The repository, with or without the user's name; made if it is not there.
         keywords: Those of `check_keywords`.
+
+    Returns:
+        The address of the commit, or of the pull request.
 
     Raises:
         RuntimeError: If any of it fails; the folder is whole.
@@ -79,11 +83,13 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
     given = repo_id
     try:
         repo_id = api.create_repo(given, exist_ok=True, **create).repo_id
-        rename_in_card(folder / "README.md", given, repo_id)
+        if given != repo_id:
+            rename_in_card(folder / CARD, given, repo_id)
+            write_report(folder, read_report(folder)._replace(name=repo_id))
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision, token=token)
-        api.create_commit(
+        commit = api.create_commit(
             repo_id,
             [
                 *(CommitOperationDelete(name) for name in sorted(there) if is_replaced(PurePosixPath(name), written)),
@@ -96,6 +102,7 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
             f"The upload to {repo_id} failed: {error}. The slim model is whole in {folder}: upload it with "
             f"`{_make_command(folder, written, repo_id, keywords)}`, or save it again."
         ) from error
+    return commit.pr_url or commit.commit_url
 
 
 def _make_command(folder: Path, written: Sequence[PurePosixPath], repo_id: str, keywords: Mapping[str, Any]) -> str:

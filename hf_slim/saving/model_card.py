@@ -2,63 +2,66 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
-from transformers import PreTrainedModel
-from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ..compaction import find_auto_classes, has_record
+from .card_facts import CardFacts
+from .layer_svg import draw_layers
+from .own_repository import REPOSITORY, find_install_command
 from .report import SlimReport
+
+CARD = "README.md"
+PICTURE = "hf_slim_layers.svg"
+"""The picture of what each layer keeps, beside the card."""
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _TAGS = ("hf_slim", "pruning")
+_FIELDS = (*("library_name", "tags", "base_model", "base_model_relation", "pipeline_tag", "datasets", "model-index"),)
+"""Metadata that are of one model; a license and others that somebody has added are of the repository."""
 _TITLE = "Slimmed with hf_slim"
-_SENTENCE_END = "with [hf_slim](https://pypi.org/project/hf-slim)."
+_OURS = re.compile(r"attention heads were removed physically with \[?hf_slim\b")
 
 
 def write_model_card(
-    model: PreTrainedModel,
-    report: SlimReport,
-    folder: Path,
-    repo_id: str,
-    has_remote_code: bool,
-    metrics: Mapping[str, float],
-    earlier: Path | None = None,
-) -> None:
-    """Write `README.md`; a card that is there, since what holds the model wrote one, gets ours at its end.
+    facts: CardFacts, report: SlimReport, folder: Path, repo_id: str, earlier: Path | None = None
+) -> Path:
+    """Write `README.md` and its picture.
 
-    Its metadata stay as they are but for our tags.
+    A card that is there, since what holds the model wrote one, gets ours at its end; its metadata stay as they are but
+    for our tags. One that is ours is written anew; fields that somebody has added to its metadata stay.
 
     Args:
-        model: The slim model.
+        facts: What is known of the model.
         report: What slimming made of it.
         folder: The folder of the card.
         repo_id: What users pass to `from_pretrained`.
-        has_remote_code: Whether the folder holds the remote-code file.
-        metrics: Evaluation results, by name.
         earlier: The `README.md` whose place the card takes, if there is one; what somebody else wrote in it stays.
+
+    Returns:
+        The card.
 
     Raises:
         ValueError: If the metadata of a card that is there cannot be read.
     """
-    path = folder / "README.md"
-    if earlier is not None and earlier.is_file() and not path.exists() and not _is_ours(earlier):
+    path = folder / CARD
+    if earlier is not None and earlier.is_file() and not path.exists():
         shutil.copyfile(earlier, path)
-    there = path.exists()
-    card = make_model_card(
-        model,
-        report,
-        repo_id=repo_id,
-        has_remote_code=has_remote_code,
-        metrics=metrics,
-        title=_TITLE if there else None,
-    )
-    if there:
+    is_ours = path.exists() and _is_ours(path)
+    card = make_model_card(facts, report, repo_id=repo_id, title=None if is_ours or not path.exists() else _TITLE)
+    if is_ours:
+        for name, value in _load_card(path).data.to_dict().items():
+            if name not in _FIELDS and card.data.get(name) is None:
+                card.data[name] = value
+        card.save(path)
+    elif path.exists():
         theirs = _load_card(path)
         theirs.data["tags"] = list(dict.fromkeys([*(theirs.data.get("tags") or []), *_TAGS]))
         before = theirs.text.partition(f"\n# {_TITLE}\n")[0]  # ours may be in it from an earlier time
@@ -66,6 +69,8 @@ def write_model_card(
         theirs.save(path)
     else:
         card.save(path)
+    (folder / PICTURE).write_text(draw_layers(report.structures), encoding="utf-8")
+    return path
 
 
 def _load_card(path: Path) -> RepoCard:
@@ -82,11 +87,11 @@ def _load_card(path: Path) -> RepoCard:
 def _is_ours(path: Path) -> bool:
     """Whether a card is one of ours from its beginning on."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    return _SENTENCE_END in text and f"\n# {_TITLE}\n" not in text
+    return _OURS.search(text) is not None and f"\n# {_TITLE}\n" not in text
 
 
 def rename_in_card(path: Path, name: str, repo_id: str) -> None:
-    """Have a card load the model by the whole name of its repository.
+    """Have a card call the model, and load it, by another name, with all that others wrote in it as it is.
 
     Args:
         path: The card.
@@ -95,84 +100,98 @@ def rename_in_card(path: Path, name: str, repo_id: str) -> None:
     """
     if name != repo_id:
         card = path.read_text(encoding="utf-8")
+        title, new_title = (whole.rpartition("/")[2] for whole in (name, repo_id))
+        card = card.replace(f"\n# {title}\n", f"\n# {new_title}\n", 1)
+        card = card.replace(f"\nmodel-index:\n- name: {title}\n", f"\nmodel-index:\n- name: {new_title}\n", 1)
         renamed = path.with_name(f".{path.name}.renamed")
-        card = card.replace(f'.from_pretrained("{name}")', f'.from_pretrained("{repo_id}")')
+        card = card.replace(f'.from_pretrained("{name}"', f'.from_pretrained("{repo_id}"')
         renamed.write_text(card, encoding="utf-8")
         renamed.replace(path)
 
 
-def make_model_card(
-    model: PreTrainedModel,
-    report: SlimReport,
-    *,
-    repo_id: str,
-    has_remote_code: bool,
-    metrics: Mapping[str, float],
-    title: str | None = None,
-) -> ModelCard:
+def make_model_card(facts: CardFacts, report: SlimReport, *, repo_id: str, title: str | None = None) -> ModelCard:
     """Write the model card of a slim model.
 
     Args:
-        model: The slim model.
+        facts: What is known of the model.
         report: What slimming made of it.
         repo_id: What users pass to `from_pretrained`.
-        has_remote_code: Whether the folder holds the remote-code file.
-        metrics: Evaluation results, by name; the Hub finds those that are numbers in the metadata, as `model-index`.
-        title: The heading, for a part of another card, which says how to load the model; else the repository's name.
+        title: The heading, for a part of another card; else the repository's name.
 
     Returns:
         The card, ready to be saved.
     """
-    source = model.config.name_or_path
-    base_model = source if source and source.count("/") <= 1 and not Path(source).exists() else None
     name = repo_id.rpartition("/")[2]
-    class_name = type(model).__name__
-    results = _eval_results(class_name, metrics)
     return ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            tags=list(_TAGS),
-            base_model=base_model,
-            eval_results=results or None,
-            model_name=name if results else None,
-        ),
+        make_card_data(facts, name),
         template_path=str(_TEMPLATE),
         title=title or name,
         report=report,
-        class_name=class_name,
-        sentence_end=_SENTENCE_END,
-        needs_import=has_record(model.config),
-        auto_class="" if title else _auto_class(model),
+        facts=facts,
+        auto_class="" if title else facts.auto_class,
+        rows=list(_list_rows(facts, report)),
+        settings=[(key, _format_setting(value)) for key, value in facts.provenance.settings.items()],
+        hf_slim="hf_slim" if REPOSITORY is None else f"[hf_slim]({REPOSITORY})",
+        install=find_install_command(),
+        picture=PICTURE,
         repo_id=repo_id,
-        has_remote_code=has_remote_code and class_name in find_auto_classes(model.config).values(),
-        metrics=metrics,
     )
 
 
-def _eval_results(class_name: str, metrics: Mapping[str, float]) -> list[EvalResult]:
-    """What the Hub shows of the metrics; the trainer does not tell what its evaluation data are called."""
-    tasks = [task for task, mapping in TASK_MAPPING.items() if class_name in _flat(mapping.values())]
+def make_card_data(facts: CardFacts, name: str) -> ModelCardData:
+    """The metadata of a card, which the Hub filters and shows models by.
+
+    A slim model is a `finetune` of its base model: of the relations that the Hub knows (finetune, adapter, merge,
+    quantized) it is the one whose weights are a model by themselves, of one parent, in the precision of that.
+
+    Args:
+        facts: What is known of the model.
+        name: The name of its repository, without that of the user.
+
+    Returns:
+        The metadata; what is not known is not in them.
+    """
+    results = _list_results(facts)
+    datasets = list(dict.fromkeys(data.repo_id for data in facts.provenance.datasets))
+    return ModelCardData(
+        library_name="transformers",
+        tags=list(_TAGS),
+        base_model=facts.base_model,
+        base_model_relation="finetune" if facts.base_model else None,
+        pipeline_tag=facts.task or None,
+        datasets=datasets or None,
+        eval_results=results or None,
+        model_name=name if results else None,
+        **facts.license,
+    )
+
+
+def _list_results(facts: CardFacts) -> list[EvalResult]:
+    """What the Hub shows of the metrics."""
+    data = facts.provenance.evaluated_on
     return [
         EvalResult(
-            task_type=next(iter(tasks), "other"),
-            dataset_type="unknown",
-            dataset_name="Unknown",
+            task_type=facts.task or "other",
+            dataset_type=data.repo_id if data else "unknown",
+            dataset_name=data.repo_id if data else "Unknown",
+            dataset_config=data.config if data else None,
+            dataset_split=data.split if data else None,
             metric_type=name.removeprefix("eval_"),
             metric_value=float(value),
         )
-        for name, value in metrics.items()
+        for name, value in facts.provenance.metrics.items()
         if math.isfinite(value)  # the Hub takes no other numbers
     ]
 
 
-def _auto_class(model: PreTrainedModel) -> str:
-    """The Auto class that serves the model's own class, preferably of the same task; or the class itself."""
-    serving = [auto for auto, name in find_auto_classes(model.config).items() if name == type(model).__name__]
-    same_task = [auto for auto in serving if type(model).__name__.endswith(auto.removeprefix("Auto"))]
-    generating = [auto for auto in serving if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")]
-    return next(iter([*same_task, *generating, *serving]), type(model).__name__)
+def _list_rows(facts: CardFacts, report: SlimReport) -> Iterator[tuple[str, ...]]:
+    """The table of what was before and what is now, with the metrics that are known of both."""
+    for name, before, after, spec in report.list_totals():
+        yield name, format(before, spec), format(after, spec), f"{after / before - 1:+.0%}"
+    for name, after in facts.provenance.metrics.items():
+        if name in facts.metrics_before:
+            yield name, f"{facts.metrics_before[name]:.4f}", f"{after:.4f}", ""
 
 
-def _flat(names: Iterable[str | tuple[str, ...]]) -> Iterator[str]:
-    for name in names:
-        yield from (name,) if isinstance(name, str) else name
+def _format_setting(value: Any) -> str:
+    return f"`{json.dumps(value)}`".replace("|", "\\|")

@@ -17,9 +17,11 @@ from ..compaction import find_pretrained, find_stock_class
 from ..parallel import is_dispatched, read_tensor
 from ..proof import VerificationError, compare_models
 from .atomic_folder import replacing
+from .card_facts import Provenance, find_card_facts
 from .model_card import write_model_card
 from .report import SlimReport
-from .wrapped_models import check_container, save_container
+from .saved_report import REPORT, SavedReport, list_files, write_report
+from .wrapped_models import Saved, check_container, save_container
 
 
 def write_folder(
@@ -29,7 +31,7 @@ def write_folder(
     name: str,
     processing_class: Any,
     inputs: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, float],
+    provenance: Provenance,
     *,
     max_shard_size: int | str | None = None,
 ) -> tuple[PurePosixPath, ...]:
@@ -42,7 +44,7 @@ def write_folder(
         name: What its card calls it.
         processing_class: Tokenizer or processor to save along, or None.
         inputs: For each transformers model in it a batch on which the folder is checked; empty for no check.
-        metrics: An evaluation, for the card.
+        provenance: Where the model comes from, for the card.
         max_shard_size: Size from which on the weights are split.
 
     Returns:
@@ -55,8 +57,7 @@ def write_folder(
         saved = save_container(slim, new.path, max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(new.path)
-        earlier = target / "README.md"
-        write_model_card(saved[0].model, report, new.path, name, saved[0].has_remote_code, metrics, earlier)
+        _describe(new.path, saved[0], report, name, provenance, target / "README.md")
         new.join_others()
         if inputs:
             batches = dict(zip(find_pretrained(slim), inputs, strict=True))
@@ -65,6 +66,15 @@ def write_folder(
             if not isinstance(slim, PreTrainedModel):
                 check_container(slim, new.path)
     return new.written
+
+
+def _describe(
+    folder: Path, saved: Saved, report: SlimReport, name: str, provenance: Provenance, earlier: Path
+) -> None:
+    """Write the card with its picture, and the report."""
+    facts = find_card_facts(saved.model, provenance, has_remote_code=saved.has_remote_code)
+    write_model_card(facts, report, folder, name, earlier)
+    write_report(folder, SavedReport(name, report, facts, tuple(list_files(folder, REPORT))))
 
 
 def _check_reload(folder: Path, slim: PreTrainedModel, inputs: Mapping[str, Any]) -> None:

@@ -6,8 +6,10 @@ import functools
 import io
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.box import Box
@@ -16,32 +18,21 @@ from rich.table import Table
 from torch import nn
 
 from ..costs import BudgetReport, time_alternately
-from ..structures import Kind
+from .figures import plot_layers
+from .layer_bars import StructureSize
+from .layer_svg import draw_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 _RULE = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
 """No line but one under the header."""
 
 
 @dataclass(frozen=True)
-class StructureSize:
-    """The size of one structure before and after.
-
-    Args:
-        name: Dotted name of the structure.
-        kind: `ffn` or `mha`.
-        before: Units that it had.
-        after: Units that are left.
-    """
-
-    name: str
-    kind: Kind
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
 class SlimReport:
-    """What slimming made of a model; prints as a table.
+    """What slimming made of a model; prints as a table, and a notebook shows it with a picture.
 
     Args:
         parameters_before: Parameters of the model before.
@@ -52,6 +43,12 @@ class SlimReport:
         unproven: Names of the structures that have lost units without proof that the model computes the same without
             them, since the inputs of the comparison reach none of their layers, or nothing was compared.
         budget: What was asked for by a budget, and what came of it; None if none was.
+        flops_before: Floating-point operations of a forward pass on one example (of a text 128 tokens) before; None if
+            they were not counted.
+        flops_after: Those of the slimmed model.
+        milliseconds_before: How long that forward pass took before, both timed in turn; None if it was not timed.
+        milliseconds_after: How long that of the slimmed model took.
+        machine: What they were timed on.
     """
 
     parameters_before: int
@@ -61,14 +58,18 @@ class SlimReport:
     structures: tuple[StructureSize, ...]
     unproven: tuple[str, ...] = ()
     budget: BudgetReport | None = None
+    flops_before: int | None = None
+    flops_after: int | None = None
+    milliseconds_before: float | None = None
+    milliseconds_after: float | None = None
+    machine: str = ""
 
     def __str__(self) -> str:
         """The totals, then a line for each structure, then the budget, then those that are not proven."""
         rows = [
             ("", "", "before", "after", "change"),
-            _row("parameters", "", self.parameters_before, self.parameters_after),
-            _row("megabytes", "", self.bytes_before / 1e6, self.bytes_after / 1e6, ",.1f"),
-            *(_row(size.name, size.kind, size.before, size.after) for size in self.structures),
+            *((name, "", *_row(name, before, after, spec)[1:]) for name, before, after, spec in self.list_totals()),
+            *((size.name, size.kind, *_row("", size.before, size.after, ",")[1:]) for size in self.structures),
         ]
         lines = [render_table(rows, left=2)]
         if self.budget is not None:
@@ -76,6 +77,91 @@ class SlimReport:
         if self.unproven:
             lines.append(f"not proven: {', '.join(self.unproven)}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as what JSON can hold.
+
+        Returns:
+            The fields by their names; structures as a list of dicts with `name`, `kind`, `before` and `after`.
+        """
+        fields = asdict(self)
+        return fields | {"structures": list(fields["structures"]), "unproven": list(self.unproven)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SlimReport:
+        """The reverse of `to_dict`.
+
+        Args:
+            fields: What it gave, perhaps read from JSON.
+
+        Returns:
+            The report.
+        """
+        budget = fields.get("budget")
+        return cls(
+            **{
+                **fields,
+                "structures": tuple(StructureSize(**size) for size in fields["structures"]),
+                "unproven": tuple(fields.get("unproven", ())),
+                "budget": None if budget is None else BudgetReport(**budget),
+            }
+        )
+
+    def to_pandas(self) -> DataFrame:
+        """The sizes of the structures as a table of pandas.
+
+        Returns:
+            A row for each structure, by its name: `kind`, `before`, `after`, and `kept`, the fraction of its units.
+
+        Raises:
+            ImportError: If pandas is not there.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError("SlimReport.to_pandas needs pandas: `pip install pandas`.") from error
+        rows = [(s.name, s.kind, s.before, s.after, s.after / s.before) for s in self.structures]
+        return DataFrame(rows, columns=["name", "kind", "before", "after", "kept"]).set_index("name")
+
+    def plot(self) -> Figure:
+        """Plot the units that each layer keeps, with the outline of what it had behind them.
+
+        Returns:
+            A matplotlib figure, which a notebook shows and `savefig` writes; its background is transparent, and its
+            colours are readable on a light page and a dark one.
+
+        Raises:
+            ImportError: If matplotlib is not there.
+        """
+        return plot_layers(self.structures)
+
+    def list_totals(self) -> Iterator[tuple[str, float, float, str]]:
+        """What the model had and has as a whole.
+
+        Yields:
+            A name, the numbers before and after, and how they are to be formatted; only what is known.
+        """
+        yield "parameters", self.parameters_before, self.parameters_after, ",.0f"
+        yield "megabytes", self.bytes_before / 1e6, self.bytes_after / 1e6, ",.1f"
+        if self.flops_before and self.flops_after is not None:
+            unit, name = (1e9, "GFLOPs") if self.flops_before >= 1e9 else (1e6, "MFLOPs")
+            yield name, self.flops_before / unit, self.flops_after / unit, ",.1f"
+        if self.milliseconds_before and self.milliseconds_after is not None:
+            yield "latency (ms)", self.milliseconds_before, self.milliseconds_after, ",.2f"
+
+    def _repr_html_(self) -> str:
+        """The totals, the picture of the layers, and a table of the structures to unfold."""
+        totals = [("", "before", "after", "change"), *(_row(*total) for total in self.list_totals())]
+        sizes: list[tuple[str, ...]] = [("structure", "kind", "before", "after", "change")]
+        sizes += [(size.name, size.kind, *_row("", size.before, size.after, ",")[1:]) for size in self.structures]
+        notes = [f"latency of a forward pass on {self.machine}"] if self.milliseconds_before else []
+        notes += [f"budget: {self.budget}"] if self.budget is not None else []
+        notes += [f"not proven: {', '.join(self.unproven)}"] if self.unproven else []
+        return (
+            f"<div>{_make_html_table(totals)}{draw_layers(self.structures)}"
+            f"<details><summary>{len(self.structures)} structures</summary>{_make_html_table(sizes)}</details>"
+            f"{''.join(f'<p>{escape(note)}</p>' for note in notes)}</div>"
+        )
 
 
 def render_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -180,5 +266,16 @@ def measure_latency(
     return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _row(name: str, kind: str, before: float, after: float, spec: str = ",") -> tuple[str, ...]:
-    return name, kind, format(before, spec), format(after, spec), f"{100 * (after - before) / before:+.1f}%"
+def _row(name: str, before: float, after: float, spec: str) -> tuple[str, ...]:
+    return name, format(before, spec), format(after, spec), f"{100 * (after - before) / before:+.1f}%"
+
+
+def _make_html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of text, numbers to the right."""
+    cells = [
+        [f"<{tag}{'' if column == 0 else right}>{escape(text)}</{tag}>" for column, text in enumerate(row)]
+        for number, row in enumerate(rows)
+        for tag, right in [("th" if number == 0 else "td", ' style="text-align: right"')]
+    ]
+    lines = [f"<tr>{''.join(row)}</tr>" for row in cells]
+    return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"

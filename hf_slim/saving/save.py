@@ -22,6 +22,7 @@ from ..compaction import (
     name_unproven,
     remove_units,
 )
+from ..costs import find_forward_costs, make_small_skeleton
 from ..parallel import (
     build_whole,
     gather_weights,
@@ -45,10 +46,13 @@ from ..structures import (
 )
 from ..training import ModelShape, Slimmer, SlimTrainerCallback, find_shape, find_slimmer
 from .atomic_folder import check_folder
+from .card_facts import Provenance, find_settings
 from .hub_upload import add_hub_fields, check_keywords, push_folder
+from .layer_bars import StructureSize
 from .model_folder import write_folder
-from .report import SlimReport, StructureSize, count_bytes, count_parameters
+from .report import SlimReport, count_bytes, count_parameters
 from .trainer_batches import find_batch
+from .training_data import find_data_name, find_data_names
 from .wrapped_models import can_save, copy_model
 
 logger = logging.get_logger(__name__)
@@ -126,7 +130,7 @@ def save_slimmed(
         with nullcontext() if own else writing_apart(slim):
             slim, report, inputs = _slim(slim, known, verify, is_copy=not own)
             written = write_folder(
-                target, slim, report, name, processing_class, inputs, known.metrics, max_shard_size=max_shard_size
+                target, slim, report, name, processing_class, inputs, known.provenance, max_shard_size=max_shard_size
             )
         if push_to_hub:
             push_folder(target, written, name, hub_kwargs)
@@ -150,7 +154,7 @@ class _Known(NamedTuple):
         shape: Which units it has of those that it had before training; None if it has all.
         batch: A few rows of the trainer's data.
         unproven: Names of the structures that have lost units while it trained, without proof.
-        metrics: The last evaluation.
+        provenance: What a card says of the training.
         slimmer: The state of the training of this very model, with its plan.
     """
 
@@ -159,7 +163,7 @@ class _Known(NamedTuple):
     shape: ModelShape | None
     batch: Mapping[str, Any] | None
     unproven: tuple[str, ...]
-    metrics: dict[str, float]
+    provenance: Provenance
     slimmer: Slimmer | None
 
 
@@ -186,7 +190,7 @@ def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) 
         find_shape(model),
         find_batch(trainer, model) if trainer is not None and needs_batch else None,
         tuple(sorted(slimmer.unproven)) if slimmer is not None else (),
-        _metrics(trainer),
+        _find_provenance(trainer, slimmer),
         slimmer if masks else None,
     )
 
@@ -198,9 +202,12 @@ def _slim(
     proof = find_proof(slim, verify, known.batch)
     slim, proof = merge_proven(slim, proof)
     before = _measure_before(slim, known.shape)
+    sizes = known.shape.sizes_before(slim) if known.shape is not None else {}
+    skeleton = make_small_skeleton(slim, before.structures, sizes) if proof is not None else None
     structures, masks = find_removable(slim, known.multiple, known.masks)
     unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
     kept = {s.name: count_left(slim, s) for s in before.structures}
+    costs = find_forward_costs(skeleton, slim, kept)
     report = SlimReport(
         before.parameters,
         count_parameters(slim),
@@ -209,6 +216,7 @@ def _slim(
         tuple(StructureSize(s.name, s.kind, s.units, kept[s.name]) for s in before.structures),
         (*unproven, *known.unproven),
         known.slimmer.plan.report_budget(kept) if known.slimmer is not None else None,
+        *costs,
     )
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
@@ -277,6 +285,20 @@ def _copy(model: nn.Module) -> nn.Module:
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
     return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+
+
+def _find_provenance(trainer: Trainer | None, slimmer: Slimmer | None) -> Provenance:
+    """The last evaluation, the data sets that are known, and what was asked of the slimming, but for the defaults."""
+    settings = find_settings(slimmer.plan.settings) if slimmer is not None else {}
+    if trainer is None:
+        return Provenance(settings=settings)
+    evaluated_on = trainer.eval_dataset if not isinstance(trainer.eval_dataset, dict) else None
+    return Provenance(
+        _metrics(trainer),
+        tuple(find_data_names(trainer.train_dataset)),
+        find_data_name(evaluated_on),
+        settings,
+    )
 
 
 def _metrics(trainer: Trainer | None) -> dict[str, float]:

@@ -78,6 +78,14 @@ def test_a_folder_without_weights_and_one_with_damaged_ones(tmp_path):
     config = BertConfig(
         num_hidden_layers=1, hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=99
     )
+    for named, said in ((None, "no class"), (["OurBert"], "the class OurBert")):  # its head would be left out
+        config.architectures = named
+        config.save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=f"^The config of {tmp_path} names {said}, which transformers does not have"
+        ):
+            load_model(str(tmp_path))
+    config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^{tmp_path} cannot be loaded as BertModel: ") as caught:
         load_model(str(tmp_path))

@@ -271,11 +271,12 @@ def test_nothing_is_left_of_an_old_model(tmp_path):
     build("bert", hidden_size=64).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     save_slimmed(masked(), tmp_path)
-    names = ["README.md", "config.json", "model.safetensors", "modeling_hf_slim.py"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    names = ["README.md", "config.json", "hf_slim_layers.svg", "model.safetensors", "modeling_hf_slim.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "slim_report.json"]
     save_slimmed(masked("llama"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("README.md", "config.json", "generation_config.json", "model.safetensors")
+        *("README.md", "config.json", "generation_config.json", "hf_slim_layers.svg", "model.safetensors"),
+        "slim_report.json",
     ]
 
 
@@ -289,7 +290,8 @@ def test_nothing_is_left_of_an_old_adapter(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
     save_slimmed(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("README.md", "checkpoint-1", "config.json", "model.safetensors", "modeling_hf_slim.py")
+        *("README.md", "checkpoint-1", "config.json", "hf_slim_layers.svg", "model.safetensors"),
+        *("modeling_hf_slim.py", "slim_report.json"),
     ]
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").read_text() == "an older one"
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()

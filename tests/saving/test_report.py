@@ -1,13 +1,19 @@
 """Sizes, latency and how they print."""
 
+import json
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from hf_slim.costs import BudgetReport
+from hf_slim.saving.layer_bars import StructureSize
 from hf_slim.saving.report import (
     SlimReport,
-    StructureSize,
     count_bytes,
     count_parameters,
     measure_latency,
@@ -68,6 +74,63 @@ def test_report_prints_every_structure() -> None:
         "layer.0.output.dense            ffn      1,536      320  -79.2%\n"
         "layer.0.attention.output.dense  mha         12       12   +0.0%"
     )
+
+
+WHOLE = SlimReport(
+    1_000_000,
+    600_000,
+    4_000_000,
+    2_400_000,
+    (StructureSize("layer.0.<b>", "ffn", 1536, 384), StructureSize("layer.0.attention", "mha", 12, 9)),
+    ("layer.0.<b>",),
+    BudgetReport("parameters", 1e6, 6.1e5, 6e5),
+    2_000_000,
+    1_000_000,
+    10.0,
+    5.0,
+    "a CPU <i>",
+)
+
+
+def test_a_report_goes_through_json() -> None:
+    fields = WHOLE.to_dict()
+    assert fields["structures"][0] == {"name": "layer.0.<b>", "kind": "ffn", "before": 1536, "after": 384}
+    assert fields["budget"] == {"unit": "parameters", "dense": 1e6, "asked": 6.1e5, "got": 6e5}
+    assert SlimReport.from_dict(json.loads(json.dumps(fields))) == WHOLE
+    short = SlimReport(2, 1, 8, 4, ())
+    assert SlimReport.from_dict(json.loads(json.dumps(short.to_dict()))) == short
+
+
+def test_a_report_prints_what_was_counted_and_timed() -> None:
+    lines = [line.split() for line in str(WHOLE).splitlines()]
+    assert lines[4:6] == [["MFLOPs", "2.0", "1.0", "-50.0%"], ["latency", "(ms)", "10.00", "5.00", "-50.0%"]]
+    lines = str(replace(WHOLE, flops_before=2_000_000_000, flops_after=1_500_000_000)).splitlines()
+    assert lines[4].split() == ["GFLOPs", "2.0", "1.5", "-25.0%"]
+
+
+def test_a_report_as_a_table_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    expected = pandas.DataFrame(
+        {"kind": ["ffn", "mha"], "before": [1536, 12], "after": [384, 9], "kept": [0.25, 0.75]},
+        index=pandas.Index(["layer.0.<b>", "layer.0.attention"], name="name"),
+    )
+    pandas.testing.assert_frame_equal(WHOLE.to_pandas(), expected)
+
+
+def test_without_pandas_the_error_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"^SlimReport.to_pandas needs pandas: `pip install pandas`\.$"):
+        WHOLE.to_pandas()
+
+
+def test_a_notebook_shows_totals_picture_structures_and_notes() -> None:
+    html = WHOLE._repr_html_()
+    texts = list(ElementTree.fromstring(html).itertext())  # it is well-formed
+    assert texts[:4] == ["before", "after", "change", "parameters"]
+    for text in ("1,000,000", "-40.0%", "latency (ms)", "layer.0.<b>", "1,536", "not proven: layer.0.<b>"):
+        assert text in texts, text
+    assert "latency of a forward pass on a CPU <i>" in texts and f"budget: {WHOLE.budget}" in texts
+    assert "2 structures" in texts and html.count("<svg ") == 1 and "<b>" not in html and "<i>" not in html
 
 
 class _Recorder(nn.Module):

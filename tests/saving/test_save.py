@@ -40,7 +40,8 @@ def test_report_and_files(tmp_path):
         StructureSize("bert.encoder.layer.0.output.dense", "ffn", 64, 32),
     )
     assert {path.name for path in (tmp_path / "slim").iterdir()} == {
-        *("config.json", "model.safetensors", "modeling_hf_slim.py", "README.md")
+        *("config.json", "model.safetensors", "modeling_hf_slim.py", "README.md"),
+        *("hf_slim_layers.svg", "slim_report.json"),
     }
     assert same(before, model) and model.config.to_dict() == config
     assert [path.name for path in tmp_path.iterdir()] == ["slim"]

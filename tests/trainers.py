@@ -216,7 +216,7 @@ def make_dpo_trainer(folder, base, **slimming):
     rows = [{"prompt": f"the {a}", "chosen": " sees", "rejected": " likes"} for a in WORDS[:8]]
     return trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        Arguments(str(folder), **_SHORT, max_length=32, **slimming),
+        args=Arguments(str(folder), **_SHORT, max_length=32, **slimming),
         ref_model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=make_byte_tokenizer(),

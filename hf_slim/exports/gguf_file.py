@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 
@@ -80,8 +80,8 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
         gguf = importlib.import_module("gguf")
     except ImportError as error:
         raise ImportError('GGUF files take the package gguf: pip install "hf-slim[gguf]".') from error
+    check_computation(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    check_computation(model)
     sizes = read_sizes(model)
     vocabulary = read_vocabulary(_load_tokenizer(folder), model.config.vocab_size)
     tensors = dict(convert_tensors(model))
@@ -103,21 +103,20 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     return out
 
 
-def check_computation(model: PreTrainedModel) -> None:
+def check_computation(config: PreTrainedConfig) -> None:
     """Refuse what llama.cpp's graph of a Llama with layers of their own sizes does not compute.
 
     Args:
-        model: The model.
+        config: The config of a saved model.
 
     Raises:
         ValueError: What it is, and what can be written.
     """
-    config = model.config
-    name = next((c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")), "")
+    name = next(iter(config.architectures or []), f"model of the type {config.model_type}")
     rotary = getattr(config, "rope_parameters", None) or {}
     found = None
     if name not in _CLASSES:
-        found = f"is a {name or type(model).__name__}"
+        found = f"is a {name}"
     elif config.hidden_act != "silu":
         found = f"has hidden_act={config.hidden_act!r}, where llama.cpp computes silu"
     elif rotary.get("rope_type", "default") not in _SCALED:

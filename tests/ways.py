@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +76,9 @@ def by_transformers(backend: str) -> Callable[[Subject], float]:
 
         model = _plain(subject.model)
         exporter = getattr(exporters, f"{backend}Exporter")()
-        exported = exporter.export(model, make_way_batch(model), exporter.config_class(dynamic=backend != "Executorch"))
+        exported = exporter.export(
+            model, make_way_batch(model), exporter.config_class(dynamic=backend != "Executorch")
+        )
         if backend == "OpenVINO":
             exported.to(config={"INFERENCE_PRECISION_HINT": "f32"})
         return _compare(model, lambda other: exported(**other).logits, dynamic=backend != "Executorch")
@@ -360,8 +361,10 @@ def by_trl(make: Callable[..., Any]) -> Callable[[Subject], float]:
         trainer.train()
         if trainer.ref_model.num_parameters() != model.num_parameters():
             raise AssertionError("the reference model was slimmed, too")
-        save = trainer.save_model if subject.folder.name == "dense" else functools.partial(save_slimmed, trainer)
-        save(subject.folder / "trained")
+        if subject.folder.name == "dense":
+            trainer.model.save_pretrained(subject.folder / "trained")
+        else:
+            save_slimmed(trainer, subject.folder / "trained")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(subject.folder / "trained").eval()
         if subject.folder.name != "dense" and not loaded.num_parameters() < model.num_parameters():
             raise AssertionError("nothing was removed")
@@ -411,7 +414,9 @@ def _save_as(auto_class: str, subject: Subject) -> Path:
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """The model without a cache of keys and values, which would be another output."""
-    model.config.use_cache = False
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.use_cache = False
     return model
 
 

@@ -88,7 +88,12 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         """The cell of the table."""
-        before = {"works": "", "refused": "refused: ", "dense, too": "refused, as is the dense model: ", "none": "none: "}
+        before = {
+            "works": "",
+            "refused": "refused: ",
+            "dense, too": "refused, as is the dense model: ",
+            "none": "none: ",
+        }
         return before[self.state] + self.text
 
 

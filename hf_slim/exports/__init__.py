@@ -1,4 +1,4 @@
-"""Ways out of PyTorch: files for other runtimes, and what cannot be served is refused.
+"""Ways out of PyTorch: files for other runtimes, and models that these would get wrong are refused.
 
 What needs nothing of ours (ONNX, OpenVINO, ExecuTorch, quantization) is on the page "Every way out".
 """

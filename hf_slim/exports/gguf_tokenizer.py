@@ -89,6 +89,6 @@ def _find_splitting(parts: Mapping[str, Any]) -> str:
     kinds = ", ".join(str(step.get("type")) for step in steps)
     raise ValueError(
         f"The tokenizer ({model.get('type')} after {kinds}) is none of those that can be written: byte-level BPE that "
-        "splits text as GPT-2, Llama 3 or Qwen2 do. Export a copy of the folder without its tokenizer files for a file "
-        "that takes token ids, and take the tokenizer from a GGUF file of the dense model."
+        "splits text as GPT-2, Llama 3 or Qwen2 do. Export a copy of the folder without its tokenizer files for a "
+        "file that takes token ids."
     )

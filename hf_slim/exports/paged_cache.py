@@ -36,6 +36,7 @@ def refuse_other_groups(model: Any) -> None:
         more = f", and {len(others) - 3} more layers have other numbers" if len(others) > 3 else ""
         raise ValueError(
             f"Continuous batching keeps {expected} key-value heads for every layer, as the config of this model says, "
-            f"but {layers}{more}. It would answer with empty texts. Use generate() instead; or slim with mha_sparsity=0 "
-            'or, where the config has a head_dim, with slim_scope="local", so that all layers have the one number.'
+            f"but {layers}{more}. It would answer with empty texts. Use generate() instead; or slim with "
+            'mha_sparsity=0 or, where the config has a head_dim, with slim_scope="local", so that all layers have the '
+            "one number."
         )

@@ -10,7 +10,9 @@ INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 LINTERS = ["ruff", "mypy", "pre-commit"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
-TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna", "tensorboard"]
+GGUF = ["gguf"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, *GGUF, *ONNX, "optuna", "tensorboard"]
 
 setup(
     name="hf-slim",
@@ -35,6 +37,7 @@ setup(
         "test": TEST,
         "docs": DOCS,
         "bench": BENCH,
+        "gguf": GGUF,
         "integrations": INTEGRATIONS,
         "deepspeed": ["deepspeed", "ninja"],
     },

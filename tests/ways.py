@@ -129,15 +129,16 @@ def onnx_by_torch(subject: Subject) -> float:
 def onnx_int8(subject: Subject) -> float:
     """`quantize_dynamic` of onnxruntime."""
     model = _plain(subject.model)
-    return _compare(model, run_onnx(quantize_onnx(export_onnx(model, subject.folder / "model.onnx"))))
+    path = export_onnx(model, subject.folder / "model.onnx")
+    return _compare(model, run_onnx(quantize_onnx(path, subject.folder / "int8.onnx")))
 
 
-def quantize_onnx(path: Path) -> Path:
+def quantize_onnx(path: Path, out: Path) -> Path:
     """Write an ONNX file with weights in int8."""
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(path, path.with_name("int8.onnx"))
-    return path.with_name("int8.onnx")
+    quantize_dynamic(path, out)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------ OpenVINO

@@ -59,9 +59,9 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
 
     Matrices are in float16, vectors in float32; `llama-quantize` makes it smaller. Where all layers have the same
     sizes the file is of the architecture `llama`; else of `deci`, which builds every layer by its own sizes and
-    computes the same. (`llama` and `qwen2` want every layer to be like the first, and `qwen2` heads that are together as
-    wide as the model.) Query and key are reordered, since both rotate neighbours where transformers rotates halves.
-    Needs the package gguf: `pip install "hf-slim[gguf]"`.
+    computes the same. (`llama` and `qwen2` want every layer to be like the first, and `qwen2` heads that are together
+    as wide as the model.) Query and key are reordered, since both rotate neighbours where transformers rotates
+    halves. Needs the package gguf: `pip install "hf-slim[gguf]"`.
 
     Args:
         folder: A model that `save_slimmed` or `save_pretrained` wrote, or a Hub name; slim or not. Its tokenizer is

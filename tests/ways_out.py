@@ -9,6 +9,8 @@ not there are named in the table. `--json FILE` keeps what has been run, so that
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -17,6 +19,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +74,8 @@ WAYS = {
     "`generate_batch`": Way(ways.generate_batch),
     "stock config (vLLM, TGI)": Way(ways.stock_config),
 }
+SLOW_TO_IMPORT = ("onnxscript", "nncf", "executorch.exir", "sentence_transformers", "trl")
+"""What is imported once, before the processes are forked."""
 PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "executorch", "torchao", "bitsandbytes", "trl")
 
 
@@ -115,10 +120,15 @@ def try_way(name: str, family: str, shape: str, folder: Path) -> Cell:
         return Cell("none", value)
     if kind == "works" and not way.rounds:
         return Cell("works", value) if float(value) <= EXACT else Cell("refused", f"off by {value}")
-    dense_kind, dense = _run_apart(way.run, family, "dense", folder)
+    dense_kind, dense = _run_dense(name, family, folder)
     if kind == "works":
         return Cell("works", f"{value} (dense {dense if dense_kind == 'works' else 'fails'})")
     return Cell("dense, too" if dense_kind == "fails" else "refused", value)
+
+
+@functools.cache
+def _run_dense(name: str, family: str, folder: Path) -> tuple[str, str]:
+    return _run_apart(WAYS[name].run, family, "dense", folder)
 
 
 def _run_apart(run: Callable[[Subject], float], family: str, shape: str, folder: Path) -> tuple[str, str]:
@@ -215,6 +225,9 @@ def sweep(names: Iterable[str], families: Iterable[str], kept: Path | None) -> d
     Returns:
         The cells by way, family and shape.
     """
+    for package in SLOW_TO_IMPORT:
+        with suppress(ImportError):
+            importlib.import_module(package)
     found = {tuple(key.split("|")): Cell(*cell) for key, cell in _read(kept).items()}
     jobs = [(name, family, shape) for name in names for family in families for shape in WAYS[name].shapes]
     with tempfile.TemporaryDirectory() as folder, tqdm(jobs, unit="cell") as bar:

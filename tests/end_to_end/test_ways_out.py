@@ -37,10 +37,9 @@ def test_sentence_transformers(way, tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_dpo_trainer, make_grpo_trainer])
-@pytest.mark.parametrize("family", ["GPT-2", "Llama"])
-def test_trl_slims_the_model_and_not_its_reference(make, family, tmp_path):
+def test_trl_slims_the_model_and_not_its_reference(make, tmp_path):
     pytest.importorskip("trl", reason=f"trl {REASON}")
-    assert run(ways.by_trl(make), family, tmp_path) < 1e-5
+    assert run(ways.by_trl(make), "GPT-2", tmp_path) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -91,15 +91,9 @@ class Cell(NamedTuple):
     state: str
     text: str
 
-    def __str__(self) -> str:
-        """The cell of the table."""
-        before = {
-            "works": "",
-            "refused": "refused: ",
-            "dense, too": "refused, as is the dense model: ",
-            "none": "none: ",
-        }
-        return before[self.state] + self.text
+
+STATES = {"refused": "refused", "dense, too": "refused, dense too", "none": "none"}
+"""What the table says of a cell that is no number, before the number of the message."""
 
 
 def try_way(name: str, family: str, shape: str, folder: Path) -> Cell:
@@ -167,21 +161,30 @@ def _work(run: Callable[[Subject], float], family: str, shape: str, folder: Path
 
 
 def _shorten(error: BaseException) -> str:
-    """The first line of a message that says something, without paths."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = re.sub(r"(/[\w.+-]+){2,}", "...", lines[0])
-    return f"{type(error).__name__}: {text if len(text) <= 150 else text[:147] + '...'}"
+    """The first line of the message of what began it, without paths and colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", re.sub(r"(/[\w.+-]+){2,}", "...", lines[0]))
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:397] + '...'}"
 
 
 def make_table(cells: dict[tuple[str, str, str], Cell]) -> str:
-    """Lay out the cells, a row for each way and shape."""
+    """Lay out the cells, a row for each way and shape, with the messages numbered below."""
     names = list(dict.fromkeys(name for name, _, _ in cells))
+    notes: dict[str, int] = {}
     lines = ["| way out | sizes | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name in names:
         for shape in WAYS[name].shapes:
-            row = [str(cells.get((name, family, shape), "not run")).replace("|", "\\|") for family in COLUMNS]
+            row = []
+            for family in COLUMNS:
+                cell = cells.get((name, family, shape))
+                if cell is None or cell.state == "works":
+                    row.append("not run" if cell is None else cell.text)
+                else:
+                    row.append(f"{STATES[cell.state]} ({notes.setdefault(cell.text, len(notes) + 1)})")
             lines.append(f"| {name} | {shape} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"{number}. `{text.replace('`', chr(39))}`" for text, number in notes.items())])
 
 
 def name_versions() -> str:
@@ -236,7 +239,7 @@ def sweep(names: Iterable[str], families: Iterable[str], kept: Path | None) -> d
                 continue
             bar.set_postfix_str(f"{name}, {family}, {shape}")
             cell = found[name, family, shape] = try_way(name, family, shape, Path(folder))
-            bar.write(f"{name}, {family}, {shape}: {cell}")
+            bar.write(f"{name}, {family}, {shape}: {cell.state}, {cell.text}")
             if kept:
                 kept.write_text(json.dumps({"|".join(key): cell for key, cell in found.items()}, indent=1))
     return {(name, family, shape): found[name, family, shape] for name, family, shape in jobs}

@@ -30,7 +30,8 @@ def refuse_other_groups(model: Any) -> None:
     expected = config.num_attention_heads if grouped is None else grouped
     with torch.device("meta"):  # weights that were quantized since say less than plain ones
         bare = type(model)(copy.deepcopy(model.config))
-    others = [s for s in find_structures(bare).structures if s.kind == "mha" and s.units != expected]
+    found = find_structures(bare.get_decoder()).structures  # a tower that reads pictures has no cache
+    others = [s for s in found if s.kind == "mha" and s.units != expected]
     if others:
         layers = ", ".join(f"{s.name} has {s.units}" for s in others[:3])
         more = f", and {len(others) - 3} more layers have other numbers" if len(others) > 3 else ""

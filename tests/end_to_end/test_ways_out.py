@@ -70,38 +70,50 @@ def answer(difference):
     return way
 
 
+def caused(error, cause):
+    """An error that another one began."""
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("differences", "rounds", "expected"),
     [
-        ({"uniform": 1e-6}, False, "1.0e-06"),
-        ({"uniform": 1e-2}, False, "refused: off by 1.0e-02"),
-        ({"uniform": 1e-2, "dense": 2e-2}, True, "1.0e-02 (dense 2.0e-02)"),
-        ({"uniform": ValueError("no /home/me/x\nmore"), "dense": 1e-6}, False, "refused: ValueError: no ..."),
+        ({"uniform": 1e-6}, False, ("works", "1.0e-06")),
+        ({"uniform": 1e-2}, False, ("refused", "off by 1.0e-02")),
+        ({"uniform": 1e-2, "dense": 2e-2}, True, ("works", "1.0e-02 (dense 2.0e-02)")),
         (
-            {"uniform": ValueError("no"), "dense": ValueError("neither")},
+            {"uniform": ValueError("\x1b[96mno /home/me/x\nmore"), "dense": 1e-6},
             False,
-            "refused, as is the dense model: ValueError: no",
+            ("refused", "ValueError: no ..."),
         ),
-        ({"uniform": ways.UnsupportedError("no text")}, False, "none: no text"),
-        ({"uniform": ImportError("no onnx")}, False, "none: not run here: ImportError: no onnx"),
+        ({"uniform": ValueError("no"), "dense": ValueError("neither")}, False, ("dense, too", "ValueError: no")),
+        ({"uniform": caused(ValueError("no"), KeyError("x")), "dense": 0.0}, False, ("refused", "KeyError: 'x'")),
+        ({"uniform": ways.UnsupportedError("no text")}, False, ("none", "no text")),
+        ({"uniform": ImportError("no onnx")}, False, ("none", "not run here: ImportError: no onnx")),
     ],
 )
 def test_every_outcome_has_its_cell(differences, rounds, expected, tmp_path, monkeypatch):
     monkeypatch.setitem(ways_out.WAYS, "way", ways_out.Way(answer(differences), rounds=rounds))
     monkeypatch.setattr(ways_out, "save_way_model", lambda family, shape, folder: torch.nn.Linear(2, 2))
-    assert str(ways_out.try_way("way", "BERT", "uniform", tmp_path)) == expected
+    assert ways_out.try_way("way", "BERT", "uniform", tmp_path) == expected
 
 
 def test_the_table_goes_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{ways_out.START}\nold\n{ways_out.END}\nafter\n", encoding="utf-8")
-    cells = {("`pipeline`", family, "uniform"): ways_out.Cell("works", "a|b") for family in ways_out.COLUMNS}
+    cells = {("`pipeline`", family, "uniform"): ways_out.Cell("works", "1.0e-06") for family in ("BERT", "GPT-2")}
+    cells["`pipeline`", "T5", "uniform"] = ways_out.Cell("none", "no pipeline")
+    cells["`pipeline`", "ViT", "uniform"] = ways_out.Cell("refused", "no `x`")
+    cells["`pipeline`", "ViT", "non-uniform"] = ways_out.Cell("dense, too", "no pipeline")
     ways_out.write_page(cells, page)
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
     assert text.startswith(f"before\n{ways_out.START}\n| way out | sizes | BERT | GPT-2 | Llama | T5 | ViT |\n")
-    assert r"| `pipeline` | uniform | a\|b | a\|b | a\|b | a\|b | a\|b |" in text
-    assert "| `pipeline` | non-uniform | not run |" in text
+    assert "| `pipeline` | uniform | 1.0e-06 | 1.0e-06 | not run | none (1) | refused (2) |\n" in text
+    assert "| `pipeline` | non-uniform | not run | not run | not run | not run | refused, dense too (1) |\n" in text
+    assert "\n\n1. `no pipeline`\n2. `no 'x'`\n\n" in text
     assert text.endswith(f"{ways_out.END}\nafter\n")
+    page.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="has no <!-- table -->"):
-        ways_out.write_page(cells, tmp_path / "page.md" if not page.write_text("", encoding="utf-8") else page)
+        ways_out.write_page(cells, page)

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import build, half_masks
+from tiny import build_tiny
 
 from hf_slim import find_structures, model_slim
 from hf_slim.compaction.zeros import zero_units
@@ -29,7 +30,7 @@ def channels_alone(structure):
 
 
 def test_generate_batch_is_refused_where_it_answered_with_empty_texts():
-    with pytest.raises(ValueError, match=r"keeps 4 key-value heads .* model\.layers\.0\.self_attn\.o_proj has 2, "):
+    with pytest.raises(ValueError, match=r"keeps 4 key-value heads .* layers\.0\.self_attn\.o_proj has 2, "):
         slim("llama", uneven).generate_batch([[5, 6, 7]])
 
 
@@ -39,6 +40,14 @@ def test_generate_batch_is_refused_where_it_answered_with_empty_texts():
 def test_models_whose_config_says_the_number_are_not(family, keep):
     refuse_other_groups(slim(family, keep))
     refuse_other_groups(build(family))
+
+
+def test_a_tower_that_reads_pictures_has_no_cache():
+    model = build_tiny("llava", "AutoModelForImageTextToText")
+    structures = find_structures(model).structures
+    tower = [s for s in structures if "vision" in s.name]
+    zero_units(model, tower, half_masks(tower))
+    refuse_other_groups(model_slim(model, 1))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2"])

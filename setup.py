@@ -11,7 +11,9 @@ INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 LINTERS = ["ruff", "mypy", "pre-commit"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
-TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, "optuna", "tensorboard"]
+GGUF = ["gguf"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+TEST = [*TOOLS, *DOCS, *INTEGRATIONS, *OPTIMIZERS, *GGUF, *ONNX, "optuna", "tensorboard"]
 
 setup(
     name="hf-slim",
@@ -38,6 +40,7 @@ setup(
         "docs": DOCS,
         "bench": BENCH,
         "plot": PLOT,
+        "gguf": GGUF,
         "integrations": INTEGRATIONS,
         "deepspeed": ["deepspeed", "ninja"],
     },

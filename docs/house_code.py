@@ -14,7 +14,7 @@ from typing import NamedTuple
 PACKAGE = "hf_slim"
 LAYERS = (
     *("modeling_hf_slim", "arguments", "structures", "parallel", "proof", "compaction", "costs", "training"),
-    *("distillation", "saving", "one_shot", "bench", "cli", "hooks", PACKAGE),
+    *("distillation", "saving", "exports", "one_shot", "bench", "cli", "hooks", PACKAGE),
 )
 """The rooms in their order: each may import from those before it."""
 LONG = 40

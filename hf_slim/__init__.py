@@ -3,6 +3,7 @@
 from .arguments import SlimArgumentsMixin, SlimConfig, SlimSeq2SeqTrainingArguments, SlimTrainingArguments
 from .compaction import model_slim
 from .distillation import SlimTrainer, SlimTrainerMixin
+from .exports import export_gguf
 from .hooks import install_hooks
 from .one_shot import slim
 from .saving import SlimReport, plot_training, push_slimmed, renew_card, save_slimmed
@@ -36,6 +37,7 @@ __all__ = [
     "SlimTrainingArguments",
     "Slimmer",
     "Structure",
+    "export_gguf",
     "find_structures",
     "model_slim",
     "parse_auto_slim_config",

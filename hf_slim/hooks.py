@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import configuration_utils, modeling_utils, trainer, trainer_callback
+from transformers import configuration_utils, generation, modeling_utils, trainer, trainer_callback
 
 from .arguments import refuse_unused
 from .compaction import forget_remote_code, refresh_record, refuse_other_sizes
 from .distillation import refuse_untaught, remember_fresh
+from .exports import refuse_other_groups
 from .modeling_hf_slim import RECORD_KEY, resize
 from .saving import portable
 from .training import (
@@ -39,6 +40,7 @@ def install_hooks() -> None:
     _install(handler, "on_train_begin", _begin_training)
     _install(handler, "on_log", _report_log)
     _install(trainer.Trainer, "train", _train)
+    _install(generation.ContinuousMixin, "init_continuous_batching", _begin_batching)
 
 
 def _finish_model(finish: Callable[..., None], model: Any, /) -> None:
@@ -122,6 +124,12 @@ def _train(run: Callable[..., Any], own: Any, /, resume_from_checkpoint: Any = N
             return run(own, resume_from_checkpoint, *args, **kwargs)
     finally:
         del own._load_from_checkpoint
+
+
+def _begin_batching(begin: Callable[..., Any], model: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Refuse continuous batching of a model whose layers do not all have the key-value heads that its config says."""
+    refuse_other_groups(model)
+    return begin(model, *args, **kwargs)
 
 
 def _install(owner: type, name: str, hook: Callable[..., Any]) -> None:

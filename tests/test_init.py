@@ -11,6 +11,7 @@ ROOMS = {
     "arguments": ["SlimArgumentsMixin", "SlimConfig", "SlimSeq2SeqTrainingArguments", "SlimTrainingArguments"],
     "compaction": ["model_slim"],
     "distillation": ["SlimTrainer", "SlimTrainerMixin"],
+    "exports": ["export_gguf"],
     "one_shot": ["slim"],
     "saving": ["SlimReport", "plot_training", "push_slimmed", "renew_card", "save_slimmed"],
     "structures": [

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate.utils import extract_model_from_parallel
 from conftest import build, make_batch
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     BertTokenizer,
@@ -56,6 +58,7 @@ def pairs():
     return Dataset.from_list([{"sentence1": a, "sentence2": b, "score": (n % 5) / 4} for n, (a, b) in enumerate(rows)])
 
 
+_SHORT = {**RUN, "max_steps": 3, "bf16": False, "per_device_train_batch_size": 2}
 HALF = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "slim_round_to": 8, "slim_start": 2, "slim_end": 8}
 
 
@@ -197,6 +200,52 @@ def make_sft_trainer(folder, *, in_arguments=True, peft_config=None, **settings)
         callbacks=[callback],
         peft_config=peft_config,
     )
+
+
+def make_dpo_trainer(folder, base, **slimming):
+    """A DPOTrainer of a causal language model saved in the folder `base`, whose reference is that model, whole.
+
+    Without settings of slimming it has no callback either.
+    """
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+    @dataclass
+    class Arguments(SlimArgumentsMixin, trl.DPOConfig):
+        """DPOConfig with the slimming fields."""
+
+    rows = [{"prompt": f"the {a}", "chosen": " sees", "rejected": " likes"} for a in WORDS[:8]]
+    return trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=Arguments(str(folder), **_SHORT, max_length=32, **slimming),
+        ref_model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=make_byte_tokenizer(),
+        callbacks=[SlimTrainerCallback()] if slimming else [],
+    )
+
+
+def make_grpo_trainer(folder, base, **slimming):
+    """A GRPOTrainer, the same; it loads its reference model itself."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+    @dataclass
+    class Arguments(SlimArgumentsMixin, trl.GRPOConfig):
+        """GRPOConfig with the slimming fields."""
+
+    sizes = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+    return trl.GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        reward_funcs=lambda completions, **rest: [float(len(set(text))) for text in completions],
+        args=Arguments(str(folder), **_SHORT, **sizes, **slimming),
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"the {a}"} for a in WORDS[:8]]),
+        processing_class=make_byte_tokenizer(),
+        callbacks=[SlimTrainerCallback()] if slimming else [],
+    )
+
+
+def plain_model(trainer):
+    """The trainer's model in evaluation mode, without the autocast that accelerate wraps around its forward pass."""
+    return extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False).eval()
 
 
 def make_encoder(folder, **changes):

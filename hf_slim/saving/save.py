@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..arguments import SlimConfig
 from ..compaction import (
+    find_pretrained,
     find_proof,
     find_removable,
     merge_proven,
@@ -26,6 +27,7 @@ from ..costs import find_forward_costs, make_small_skeleton
 from ..parallel import (
     build_whole,
     gather_weights,
+    is_dispatched,
     is_first_process,
     is_spread,
     refuse_strategy,
@@ -281,10 +283,17 @@ def _unwrap(model: Any) -> nn.Module:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy that shares weights until they change, without what accelerate wrapped around the forward pass."""
+    """A copy that shares weights until they change, without what was put in the place of the forward pass.
+
+    That may run the model that was copied (TRL's fused head does), and is not saved.
+    """
     slim = copy_model(model)
     slim.zero_grad(set_to_none=True)
-    return extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+    slim = extract_model_from_parallel(slim, keep_fp32_wrapper=False)
+    for part in find_pretrained(slim):
+        if not is_dispatched(part):
+            part.__dict__.pop("forward", None)
+    return slim
 
 
 def _find_provenance(trainer: Trainer | None, slimmer: Slimmer | None) -> Provenance:

@@ -1,6 +1,7 @@
 """save_slimmed: the folder, the checks, the card, faults, and the upload to a loopback Hub."""
 
 import copy
+import functools
 import json
 import re
 
@@ -286,6 +287,16 @@ def test_a_model_that_draws_random_numbers(tmp_path):
     structures = find_structures(model).of_kind("ffn")
     zero_units(model, structures, half_masks(structures))
     assert {s.after for s in save_slimmed(model, tmp_path / "slim").structures if s.kind == "ffn"} == {32}
+
+
+def test_a_forward_pass_that_runs_the_model_it_was_made_for_is_not_copied(tmp_path):
+    """As TRL's fused head: its copy would run the trained model, with dropout."""
+    model = masked("gpt2", attn_pdrop=0.5).train()
+    run = model.forward
+    model.forward = functools.wraps(run)(lambda *args, **kwargs: run(*args, **kwargs))
+    report = save_slimmed(model, tmp_path / "slim")
+    assert report.parameters_after < report.parameters_before
+    assert model.training and "forward" in vars(model)
 
 
 def test_custom_classes_load_by_themselves_and_their_base_by_remote_code(tmp_path):

@@ -1,0 +1,7 @@
+"""Ways out of PyTorch: files for other runtimes, and models that these would get wrong are refused.
+
+What needs nothing of ours (ONNX, OpenVINO, ExecuTorch, quantization) is on the page "Every way out".
+"""
+
+from .gguf_file import export_gguf
+from .paged_cache import refuse_other_groups

@@ -27,6 +27,12 @@ def read_page() -> dict[str, list[str]]:
 ROOMS = read_page()
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Those that do not are not collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_the_page_names_every_module_once() -> None:
     named = [f"{room}/{name}.py" for room, names in ROOMS.items() for name in names if not name.endswith("/")]
     named += [f"{room}/__init__.py" if names else f"{room}.py" for room, names in ROOMS.items()]

@@ -22,8 +22,9 @@ from ..costs import (
     make_batches,
     write_out,
 )
+from ..exports import WayOut, find_ways_out
 from ..proof import RUN_ERRORS, describe
-from ..saving import WayOut, find_ways_out, render_table, shorten
+from ..saving import render_table, shorten
 from ..structures import (
     Discovery,
     Kind,

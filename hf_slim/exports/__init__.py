@@ -4,4 +4,5 @@ What needs nothing of ours (ONNX, OpenVINO, ExecuTorch, quantization) is on the 
 """
 
 from .gguf_file import export_gguf
+from .open_ways import WayOut, find_ways_out
 from .paged_cache import refuse_other_groups

@@ -10,4 +10,3 @@ from .published import push_slimmed, renew_card
 from .remote_code import portable
 from .report import SlimReport, count_bytes, count_parameters, measure_latency, render_table, shorten
 from .save import save_slimmed
-from .ways_out import WayOut, find_ways_out

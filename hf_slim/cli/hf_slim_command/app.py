@@ -187,4 +187,17 @@ def card(folder: _Slim) -> Work:
     return _later("card", "card", folder=folder)
 
 
+_exports = typer.Typer(help="Write a slim model as a file for another runtime.", rich_markup_mode=None)
+app.add_typer(_exports, name="export")
+
+
+@_exports.command()
+def gguf(
+    folder: Annotated[str, typer.Argument(metavar="IN", help="A Llama or Qwen2: a folder or a Hub name.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The file, such as model.gguf.")],
+) -> Work:
+    """Write a file that llama.cpp loads, whatever sizes the layers have."""
+    return _later("export", "write_gguf", folder=folder, out=out)
+
+
 _passed_on("bench", "Measure time, FLOPs and memory of dense and slim models.")

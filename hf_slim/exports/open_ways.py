@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..compaction import Form
 from ..structures import Structure
+from .gguf_file import check_computation
 
 _MULTIPLE = 64
 _KNOWN = "where the architecture is known there"
@@ -74,6 +76,18 @@ def _convert(model: PreTrainedModel, structures: Sequence[Structure], form: Form
     return WayOut("llama.cpp (GGUF), by its own converter", form == "stock", note)
 
 
+def _write_gguf(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
+    if not model.can_generate():
+        return None
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    try:
+        check_computation(config)
+    except ValueError as error:
+        return WayOut("llama.cpp (GGUF), by hf-slim export gguf", False, str(error).partition(":")[0])
+    return WayOut("llama.cpp (GGUF), by hf-slim export gguf", True, "with a byte-level BPE tokenizer, or none")
+
+
 def _batch(model: PreTrainedModel, structures: Sequence[Structure], form: Form) -> WayOut | None:
     if not model.can_generate():
         return None
@@ -102,6 +116,6 @@ def _quantize_to_four_bits(model: PreTrainedModel, structures: Sequence[Structur
 
 
 _WAYS: tuple[Callable[[PreTrainedModel, Sequence[Structure], Any], WayOut | None], ...] = (
-    *(_load, _export, _serve, _convert, _batch, _quantize, _quantize_to_four_bits),
+    *(_load, _export, _serve, _convert, _write_gguf, _batch, _quantize, _quantize_to_four_bits),
 )
 """A function for each row: it says whether a model is taken, or None where that is no question for it."""

@@ -1,15 +1,11 @@
 """The command, called in this process."""
 
 import contextlib
-import gc
 import io
 import json
 from pathlib import Path
 
 from hf_slim.cli import main, subcommands  # noqa: F401
-
-# Every training of the Trainer collects garbage twice, and would look through all that was imported each time.
-gc.freeze()
 
 
 def run(*flags: str) -> tuple[dict, str]:

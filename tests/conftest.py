@@ -1,5 +1,6 @@
 """Tiny models of every family, and the real data where it is there."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,11 @@ FAMILIES = {
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole runs use the cores; for single files it would take longer to start the workers than to run the tests."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage twice; what the imports have made need not be looked at each time."""
+    gc.freeze()
 
 
 def build(family: str, seed: int = 0, spread: float = 0.3, **changes: object) -> PreTrainedModel:

@@ -6,6 +6,7 @@ holds has to be what the block before it printed.
 """
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -72,6 +73,7 @@ def run_page(page: Path) -> None:
 
 def run_page_apart(page: Path, folder: Path, environment: Mapping[str, str], printed: Path) -> None:
     """Run the blocks of a page in the process of their own that this is, and write what they print into a file."""
+    gc.freeze()  # trainings collect garbage, and would look through all that was imported each time
     os.environ.update(environment)
     os.chdir(folder)
     with printed.open("w", encoding="utf-8") as file:

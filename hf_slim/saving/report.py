@@ -7,7 +7,7 @@ import io
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class SlimReport:
             they were not counted.
         flops_after: Those of the slimmed model.
         milliseconds_before: How long that forward pass took before, both timed in turn; None if it was not timed.
+            Two reports of the same slimming are equal, whatever was timed.
         milliseconds_after: How long that of the slimmed model took.
         machine: What they were timed on.
     """
@@ -60,9 +61,9 @@ class SlimReport:
     budget: BudgetReport | None = None
     flops_before: int | None = None
     flops_after: int | None = None
-    milliseconds_before: float | None = None
-    milliseconds_after: float | None = None
-    machine: str = ""
+    milliseconds_before: float | None = field(default=None, compare=False)
+    milliseconds_after: float | None = field(default=None, compare=False)
+    machine: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """The totals, then a line for each structure, then the budget, then those that are not proven."""

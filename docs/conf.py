@@ -10,6 +10,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "hf_slim"
+html_static_path = ["_static"]
+html_js_files = ["filter.js"]
 
 # Links to headings of a page, and from a page to files of the repository.
 myst_heading_anchors = 3

@@ -1,0 +1,20 @@
+// A field above every long table that hides the rows without the words in it.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll("article table")) {
+    const rows = [...table.tBodies[0].rows];
+    if (rows.length < 100) continue;
+    const field = document.createElement("input");
+    field.type = "search";
+    field.placeholder = `Filter ${rows.length} rows, such as: llama, or: skipped`;
+    field.setAttribute("aria-label", "Filter the rows of the table");
+    field.style.cssText = "width: 100%; box-sizing: border-box; padding: 0.5em; margin: 0.5em 0; font: inherit;";
+    field.addEventListener("input", () => {
+      const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const row of rows) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+      }
+    });
+    (table.closest(".table-wrapper") || table).before(field);
+  }
+});

@@ -64,6 +64,14 @@ def test_folders_of_further_modules_come_along(sparse, tmp_path, capsys):
     assert "bert.encoder.layer.0.output.dense" in capsys.readouterr().out
 
 
+def test_further_chat_templates_come_along(sparse, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(sparse)
+    assert main(["compact", str(sparse), str(tmp_path / "slim")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "slim").chat_template == tokenizer.chat_template
+
+
 def test_a_model_can_be_slimmed_where_it_is(sparse):
     before = (sparse / "model.safetensors").stat().st_size
     assert main(["compact", str(sparse), str(sparse)]) == 0

@@ -16,7 +16,7 @@ from .model_source import check_place, load_model
 
 _LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),
-    *("*.index.json", "config.json", "trainer_state.json", "modeling_hf_slim.py", ".*"),
+    *("*.index.json", "config.json", "adapter_config.json", "trainer_state.json", "modeling_hf_slim.py", ".*"),
 )
 """Files beside a model that hold its weights in whatever form, or the state of a training, or are written anew."""
 _TEMPLATES = "additional_chat_templates"

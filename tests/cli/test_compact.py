@@ -72,6 +72,18 @@ def test_further_chat_templates_come_along(sparse, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "slim").chat_template == tokenizer.chat_template
 
 
+def test_an_adapter_beside_the_weights_is_merged(sparse, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'hf-slim[integrations]'")
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(masked(), config).save_pretrained(sparse)
+    adapted = AutoModelForSequenceClassification.from_pretrained(sparse).eval()
+    assert main(["compact", str(sparse), str(tmp_path / "slim")]) == 0
+    slim = AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").eval()
+    batch = make_batch(slim)
+    torch.testing.assert_close(logits(slim, batch), logits(adapted, batch), atol=1e-5, rtol=1e-5)
+    assert not list((tmp_path / "slim").glob("adapter_*"))
+
+
 def test_a_model_can_be_slimmed_where_it_is(sparse):
     before = (sparse / "model.safetensors").stat().st_size
     assert main(["compact", str(sparse), str(sparse)]) == 0

@@ -16,9 +16,11 @@ from .model_source import check_place, load_model
 
 _LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),
-    *("*.index.json", "config.json", "trainer_state.json", "modeling_hf_slim.py", ".*"),
+    *("*.index.json", "config.json", "adapter_config.json", "trainer_state.json", "modeling_hf_slim.py", ".*"),
 )
 """Files beside a model that hold its weights in whatever form, or the state of a training, or are written anew."""
+_TEMPLATES = "additional_chat_templates"
+"""Where tokenizers and processors keep further templates; the only folder of theirs."""
 
 
 def compact(model: str, output_dir: str) -> SlimReport:
@@ -59,6 +61,7 @@ class _OtherFiles:
 
     def _find(self) -> Iterator[Path]:
         yield from (path for path in self.folder.iterdir() if path.is_file() and not _matches(path, _LEFT_OUT))
+        yield from (self.folder / _TEMPLATES).glob("*.jinja")
         modules = self.folder / "modules.json"  # a model of sentence-transformers has folders of further modules
         for part in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():
             if part["path"]:

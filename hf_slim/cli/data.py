@@ -95,6 +95,8 @@ def load_text_data(arguments: DataArguments, *, seed: int = 42) -> TextData:
     """
     if arguments.max_seq_length < 2:
         raise ValueError(f"max_seq_length must be at least 2, got {arguments.max_seq_length}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 and below 2**32, got {seed}.")
     files = [path for path in (arguments.train_file, arguments.validation_file) if path is not None]
     for path in files:
         _check_file(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import check_whole
 from ..compaction import find_auto_classes
 from ..costs import LENGTH, Skeleton, count_flops, without_bars
 from ..proof import OutputDifference, Outputs, compute_outputs, describe, make_inputs, measure_differences
@@ -149,6 +150,7 @@ def compare_models(arguments: CompareArguments) -> ModelComparison:
     Raises:
         ValueError: If there is no such model or file, or the models do not compare; the message names what differs.
     """
+    _check_flags(arguments)
     with without_bars():
         models = load_model(arguments.model), load_model(arguments.other)
     names = arguments.model, arguments.other
@@ -177,6 +179,16 @@ def compare_models(arguments: CompareArguments) -> ModelComparison:
             )
         )
     return ModelComparison(found[0], found[1], differences, describe(inputs), "cpu")
+
+
+def _check_flags(arguments: CompareArguments) -> None:
+    """Refuse numbers out of range, and flags about the rows of a file where there is none."""
+    check_whole("--batch_size", arguments.batch_size)
+    if arguments.validation_file is not None:
+        return
+    for flag in fields(arguments):
+        if flag.default is not MISSING and getattr(arguments, flag.name) != flag.default:
+            raise ValueError(f"--{flag.name} is about the rows of a file: name one by --validation_file.")
 
 
 def _refuse_different(names: tuple[str, str], models: tuple[PreTrainedModel, PreTrainedModel]) -> None:

@@ -36,7 +36,7 @@ def load_config(name: str) -> PreTrainedConfig:
         _check_hub_name(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (*RUN_ERRORS, OSError, StrictDataclassError) as error:
         where = name if path.exists() else f"{name}, which is no folder here and is asked for on the Hub"
         raise ValueError(f"There is no config to be had from {where}: {_in_one_line(error)}") from error
 
@@ -53,7 +53,7 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: If no Auto class knows the config.
     """
-    found = [getattr(transformers, name, None) for name in config.architectures or ()]
+    found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     for kind in found:
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
@@ -98,6 +98,8 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         ValueError: If there is none; the message is one line.
     """
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: name the folder that the model was saved in.")
     config = load_config(name)
     named = next(iter(config.architectures or ()), None)
     kind: Any = find_model_class(config)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments
+from ..arguments import TEACHER_FIELDS, SlimConfig, SlimTrainingArguments, check_whole
 from ..distillation import SlimTrainer
 from ..saving import (
     add_hub_fields,
@@ -159,6 +159,8 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
         )
     for flag, name in vars(model).items():
         check_place(f"--{flag}", name)
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check_whole(f"--{flag}", getattr(training, flag))
     if training.push_to_hub and training.hub_model_id is not None:
         validate_repo_id(training.hub_model_id)
     if training.resume_from_checkpoint and str(training.resume_from_checkpoint).lower() != "true":

@@ -66,26 +66,27 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     Args:
         folder: A model that `save_slimmed` or `save_pretrained` wrote, or a Hub name; slim or not. Its tokenizer is
             written, too, if it has one; without, the file takes token ids alone.
-        out: The file, replaced if it is there.
+        out: The file; a GGUF file that is there is replaced, and no other.
 
     Returns:
         The file.
 
     Raises:
         ImportError: If the package gguf is not installed.
-        ValueError: If llama.cpp has no graph that computes what the model computes, or does not know its tokenizer.
-            Nothing is written.
+        ValueError: If llama.cpp has no graph that computes what the model computes, or does not know its tokenizer, or
+            a file cannot be written there, or would be lost. Nothing is written.
     """
     try:
         gguf = importlib.import_module("gguf")
     except ImportError as error:
         raise ImportError('GGUF files take the package gguf: pip install "hf-slim[gguf]".') from error
+    out = Path(out)
+    _check_paths(Path(folder), out)
     check_computation(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     sizes = read_sizes(model)
     vocabulary = read_vocabulary(_load_tokenizer(folder), model.config.vocab_size)
     tensors = dict(convert_tensors(model))
-    out = Path(out)
     part = out.with_name(f"{out.name}.part")
     writer = gguf.GGUFWriter(part, "llama" if sizes.are_uniform else "deci")
     try:
@@ -101,6 +102,20 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return out
+
+
+def _check_paths(folder: Path, out: Path) -> None:
+    """Refuse a file in place of the model, and a place for the new file where none can be or another would be lost."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name the folder that the model was saved in.")
+    if not out.name or out.is_dir():
+        raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'model.gguf'}.")
+    if not out.parent.is_dir():
+        raise ValueError(f"There is no folder {out.parent} for {out.name}: make it, or name another.")
+    if out.exists():
+        with out.open("rb") as file:
+            if file.read(4) not in (b"", b"GGUF"):
+                raise ValueError(f"{out} is there and is no GGUF file, so that it would be lost: name another file.")
 
 
 def check_computation(config: PreTrainedConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .hub_upload import check_keywords, push_folder
 from .model_card import CARD, rename_in_card, write_model_card
-from .saved_report import read_report, write_report
+from .saved_report import REPORT, read_report, write_report
 
 
 def push_slimmed(folder: str | os.PathLike[str], repo_id: str, **hub_kwargs: Any) -> str:
@@ -33,7 +34,7 @@ def push_slimmed(folder: str | os.PathLike[str], repo_id: str, **hub_kwargs: Any
         TypeError: If a keyword is unknown.
         ValueError: If the folder holds no slim model, or lacks one of its files, or `repo_id` is no name of a
             repository.
-        RuntimeError: If the upload fails; the folder is whole.
+        RuntimeError: If the upload fails; the folder is as it was.
     """
     path = Path(folder).resolve()
     saved = read_report(path)
@@ -41,9 +42,15 @@ def push_slimmed(folder: str | os.PathLike[str], repo_id: str, **hub_kwargs: Any
     validate_repo_id(repo_id)
     if missing := [str(file) for file in saved.files if not (path / file).is_file()]:
         raise ValueError(f"{path} lacks {', '.join(missing)}, which was saved there: save the model again.")
+    before = {name: (path / name).read_bytes() for name in (CARD, REPORT)}
     rename_in_card(path / CARD, saved.name, repo_id)
     write_report(path, saved._replace(name=repo_id))
-    return push_folder(path, saved.files, repo_id, hub_kwargs)
+    try:
+        return push_folder(path, saved.files, repo_id, hub_kwargs)
+    except BaseException:
+        for name, content in before.items():  # a name that the model does not have on the Hub
+            (path / name).write_bytes(content)
+        raise
 
 
 def renew_card(
@@ -65,8 +72,11 @@ def renew_card(
         The card.
 
     Raises:
-        ValueError: If the folder holds no slim model.
+        ValueError: If the folder holds no slim model, or a result is no number; nothing is written.
     """
+    for name, value in [*(metrics or {}).items(), *(metrics_before or {}).items()]:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"metrics: {name} must be a number, got {value!r}.")
     path = Path(folder).resolve()
     saved = read_report(path)
     facts = saved.facts

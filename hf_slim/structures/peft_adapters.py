@@ -72,6 +72,7 @@ def merge_adapters(model: Any) -> Any:
     if isinstance(model, PreTrainedModel) and _adapter_types(model):
         del model.peft_config
         model._hf_peft_config_loaded = False
+        vars(model).pop("_weight_conversions", None)  # those of the adapter's file, by which its names would be saved
     return model
 
 

@@ -64,6 +64,26 @@ def test_folders_of_further_modules_come_along(sparse, tmp_path, capsys):
     assert "bert.encoder.layer.0.output.dense" in capsys.readouterr().out
 
 
+def test_further_chat_templates_come_along(sparse, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(sparse)
+    assert main(["compact", str(sparse), str(tmp_path / "slim")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "slim").chat_template == tokenizer.chat_template
+
+
+def test_an_adapter_beside_the_weights_is_merged(sparse, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'hf-slim[integrations]'")
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(masked(), config).save_pretrained(sparse)
+    adapted = AutoModelForSequenceClassification.from_pretrained(sparse).eval()
+    assert main(["compact", str(sparse), str(tmp_path / "slim")]) == 0
+    slim = AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").eval()
+    batch = make_batch(slim)
+    torch.testing.assert_close(logits(slim, batch), logits(adapted, batch), atol=1e-5, rtol=1e-5)
+    assert not list((tmp_path / "slim").glob("adapter_*"))
+
+
 def test_a_model_can_be_slimmed_where_it_is(sparse):
     before = (sparse / "model.safetensors").stat().st_size
     assert main(["compact", str(sparse), str(sparse)]) == 0

@@ -195,6 +195,20 @@ def test_a_file_that_does_not_fit(rows, keywords, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"batch_size": 0}, "^--batch_size must be a whole number from 1, got 0"),
+        ({"batch_size": 4}, "^--batch_size is about the rows of a file: name one by --validation_file"),
+        ({"max_seq_length": 0}, "^--max_seq_length is about the rows of a file: name one by --validation_file"),
+        ({"text_column": ["text"]}, "^--text_column is about the rows of a file: name one by --validation_file"),
+    ],
+)
+def test_flags_that_do_not_fit(keywords, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare(tmp_path, **keywords)
+
+
 def test_tokenizers_are_one_or_named(tmp_path):
     save_both(make_bert(), tmp_path)
     rows = tmp_path / "rows.csv"

@@ -30,6 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("empty", r"^The folder empty holds no config\.json: name the folder that a model was saved in\.$"),
         ("broken.json", "^There is no config to be had from broken.json: .* not a valid JSON file"),
+        ("null.json", "^There is no config to be had from null.json: .*not iterable"),
         ("fields.json", "^There is no config to be had from fields.json: .*Should have a `model_type` key"),
         ("unknown.json", "^There is no config to be had from unknown.json: .*model type `zzz`"),
         ("heads.json", r"^There is no config to be had from heads.json: .*hidden size \(65\) is not a multiple"),
@@ -41,6 +42,7 @@ def test_what_is_no_config(name, message, here):
     (here / "empty").mkdir()
     (here / "code").mkdir()
     (here / "broken.json").write_text("{")
+    (here / "null.json").write_text("null")
     for path, fields in {
         "fields.json": {"hidden_size": 64},
         "unknown.json": {"model_type": "zzz"},
@@ -58,6 +60,7 @@ def test_the_class_is_the_architecture_or_that_of_the_auto_class():
     assert find_model_class(LlamaConfig(architectures=["LlamaForCausalLM"])).__name__ == "LlamaForCausalLM"
     assert find_model_class(LlamaConfig(architectures=["MyOwnLlama"])).__name__ == "LlamaModel"
     assert find_model_class(LlamaConfig(architectures=["LlamaConfig"])).__name__ == "LlamaModel"
+    assert find_model_class(LlamaConfig(architectures=[3])).__name__ == "LlamaModel"
     assert find_model_class(BertConfig()).__name__ == "BertModel"
 
 
@@ -94,3 +97,5 @@ def test_a_folder_without_weights_and_one_with_damaged_ones(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="config.json is a file: name the folder that the model was saved in"):
+        load_model(str(tmp_path / "config.json"))

@@ -348,6 +348,8 @@ def test_a_json_file_that_is_not_there_is_refused():
         ({"slim_end": "5", "ffn2_sparsity": "0.5"}, "slim_end=5 is beyond the last training step, 4"),
         ({"slim_exclude": "nothing.like.that", "ffn2_sparsity": "0.5"}, "nothing.like.that"),
         ({"mha_sparsity": "0.9"}, "mha_sparsity"),
+        ({"seed": "-1"}, r"^seed must be a whole number from 0 and below 2\*\*32, got -1"),
+        ({"per_device_train_batch_size": "0"}, "^--per_device_train_batch_size must be a whole number from 1, got 0"),
         (
             {"resume_from_checkpoint": "out/checkpoint-2"},
             "--resume_from_checkpoint must be true, got 'out/checkpoint-2'",

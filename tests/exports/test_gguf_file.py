@@ -66,6 +66,34 @@ def test_layers_of_one_size_are_a_llama_without_a_tokenizer_too(tmp_path):
     assert "rope_freqs.weight" not in tensors
 
 
+@pytest.mark.parametrize(
+    ("folder", "out", "message"),
+    [
+        ("slim", "slim/model.safetensors", "model.safetensors is there and is no GGUF file, so that it would be lost"),
+        ("slim", "slim", "slim is a folder: name the file to write, such as .*slim/model.gguf"),
+        ("slim", "", "^. is a folder: name the file to write, such as model.gguf"),
+        ("slim", "gone/slim.gguf", "There is no folder gone for slim.gguf: make it, or name another"),
+        ("slim/config.json", "slim.gguf", "config.json is a file: name the folder that the model was saved in"),
+    ],
+)
+def test_a_place_where_no_file_can_be_is_refused_and_nothing_is_lost(folder, out, message, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    monkeypatch.chdir(tmp_path)
+    build("llama").save_pretrained("slim")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        export_gguf(folder, out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_gguf_file_is_replaced(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    build("llama").save_pretrained(tmp_path / "slim")
+    (tmp_path / "slim.gguf").write_bytes(b"GGUF of before")
+    export_gguf(tmp_path / "slim", tmp_path / "slim.gguf")
+    assert read_gguf(tmp_path / "slim.gguf")[0]["general.architecture"] == "llama"
+
+
 def test_sizes_are_read_off_the_weights():
     sizes = read_sizes(build_way_model("Llama", "non-uniform"))
     assert sizes == ([2, 4, 6], [1, 2, 3], [470, 507, 433])

@@ -63,6 +63,29 @@ def test_what_was_saved_is_pushed_and_nothing_else(saved, worker, hub):
     assert done.stdout == f"{hub.address}/me/slim-bert/discussions/1\n", done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("keyword", ["metrics", "metrics_before"])
+def test_a_metric_that_is_no_number_is_refused_and_the_folder_stays(saved, keyword):
+    folder, _ = saved
+    before = {name: (folder / name).read_bytes() for name in ("README.md", "slim_report.json")}
+    with pytest.raises(ValueError, match="metrics: eval_f1 must be a number, got '0.75'"):
+        renew_card(folder, **{keyword: {"eval_f1": "0.75"}})
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_an_upload_that_fails_leaves_the_folder_as_it_was(saved, monkeypatch):
+    folder, _ = saved
+    before = {name: (folder / name).read_bytes() for name in ("README.md", "slim_report.json")}
+
+    def fail(path, files, repo_id, hub_kwargs):
+        assert f'from_pretrained("{repo_id}")' in (path / "README.md").read_text()
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr("hf_slim.saving.published.push_folder", fail)
+    with pytest.raises(RuntimeError, match="refused"):
+        push_slimmed(folder, "me/x")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_a_folder_that_holds_no_slim_model_is_refused(tmp_path):
     for call in (renew_card, lambda folder: push_slimmed(folder, "me/x")):
         with pytest.raises(ValueError, match="holds no slim_report.json, so it was not written by save_slimmed"):

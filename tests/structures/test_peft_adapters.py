@@ -1,5 +1,6 @@
 """Adapters on slim models, and slimming while only adapters train."""
 
+import copy
 import os
 
 import pytest
@@ -205,6 +206,21 @@ def test_sentence_transformer_with_adapters(tmp_path):
     torch.testing.assert_close(slim.encode(sentences, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
     assert any("lora_A" in name for name, _ in trainer.model.named_parameters())
     assert inner.peft_config and inner._hf_peft_config_loaded
+
+
+def test_an_adapter_that_lies_beside_the_weights(tmp_path):
+    """`from_pretrained` loads both, and the names of the adapter's file are not those of the model's."""
+    sparse = masked()
+    adapted = fill(adapt(copy.deepcopy(sparse))).eval()
+    sparse.save_pretrained(tmp_path / "both")
+    adapted.save_pretrained(tmp_path / "both")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "both").eval()
+    batch = make_batch(model)
+    torch.testing.assert_close(logits(model, batch), logits(adapted, batch), atol=1e-5, rtol=1e-5)
+    for verify in (True, False):
+        save_slimmed(model, tmp_path / "slim", verify=verify)
+        slim = AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim").eval()
+        torch.testing.assert_close(logits(slim, batch), logits(adapted, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_a_module_around_a_model_with_adapters(tmp_path):

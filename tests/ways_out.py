@@ -83,8 +83,8 @@ class Cell(NamedTuple):
     """What became of one family and shape on one way.
 
     Args:
-        state: `works`, `refused` (by this shape alone), `dense, too` (the dense model fails as well) or `none` (there
-            is no such way for the family).
+        state: `works`, `refused` (by this shape alone), `dense, too` (the dense model fails as well), `none` (there is
+            no such way for the family) or `late` (it took too long to be tried).
         text: The difference or the message.
     """
 
@@ -92,7 +92,7 @@ class Cell(NamedTuple):
     text: str
 
 
-STATES = {"refused": "refused", "dense, too": "refused, dense too", "none": "none"}
+STATES = {"refused": "refused", "dense, too": "refused, dense too", "none": "none", "late": "not tried to the end"}
 """What the table says of a cell that is no number, before the number of the message."""
 
 
@@ -110,8 +110,8 @@ def try_way(name: str, family: str, shape: str, folder: Path) -> Cell:
     """
     way = WAYS[name]
     kind, value = _run_apart(way.run, family, shape, folder)
-    if kind == "none":
-        return Cell("none", value)
+    if kind in ("none", "late"):
+        return Cell(kind, value)
     if kind == "works" and not way.rounds:
         return Cell("works", value) if float(value) <= EXACT else Cell("refused", f"off by {value}")
     dense_kind, dense = _run_dense(name, family, folder)
@@ -133,7 +133,7 @@ def _run_apart(run: Callable[[Subject], float], family: str, shape: str, folder:
     process.start()
     sender.close()
     try:
-        answer = receiver.recv() if receiver.poll(TIMEOUT) else ("fails", f"not finished after {TIMEOUT:.0f} s")
+        answer = receiver.recv() if receiver.poll(TIMEOUT) else ("late", f"not finished after {TIMEOUT:.0f} s")
     except EOFError:
         answer = ("fails", "the process crashed")
     process.kill()
@@ -171,7 +171,7 @@ def _shorten(error: BaseException) -> str:
 
 def make_table(cells: dict[tuple[str, str, str], Cell]) -> str:
     """Lay out the cells, a row for each way and shape, with the messages numbered below."""
-    names = list(dict.fromkeys(name for name, _, _ in cells))
+    names = [name for name in WAYS if any(name == own for own, _, _ in cells)]
     notes: dict[str, int] = {}
     lines = ["| way out | sizes | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -44,26 +44,25 @@ _SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 _TYPICAL = "0.5 of all"
 _STEPS = 1000
 """Of a training, which settings are checked against; what is removed does not depend on it."""
-_HELP = {f.name: f.metadata["help"] for f in fields(SlimConfig)}
-
-
-def _setting(name: str, default: Any) -> Any:
-    """A field that is one of the settings."""
-    return field(default=default, metadata={"help": _HELP[name]})
 
 
 @dataclass
 class InspectArguments:
-    """Which model is looked at, and how much of it is to go."""
+    """Which model is looked at, and how much of it is to go.
 
-    model: str = field(metadata={"help": "A Hub name, a folder, or a .json file with a config; no weights are read."})
-    ffn2_sparsity: float = _setting("ffn2_sparsity", 0.0)
-    mha_sparsity: float = _setting("mha_sparsity", 0.0)
-    slim_target_params: float | str | None = _setting("slim_target_params", None)
-    slim_target_flops: float | str | None = _setting("slim_target_flops", None)
-    slim_round_to: int = _setting("slim_round_to", SlimConfig.slim_round_to)
-    slim_min_heads: int = _setting("slim_min_heads", SlimConfig.slim_min_heads)
-    slim_exclude: list[str] | None = _setting("slim_exclude", None)
+    Args:
+        model: A Hub name, a folder, or a .json file with a config; no weights are read.
+        ffn2_sparsity: The settings of the same names, as of `SlimConfig`; so are all that follow.
+    """
+
+    model: str
+    ffn2_sparsity: float = 0.0
+    mha_sparsity: float = 0.0
+    slim_target_params: float | str | None = None
+    slim_target_flops: float | str | None = None
+    slim_round_to: int = SlimConfig.slim_round_to
+    slim_min_heads: int = SlimConfig.slim_min_heads
+    slim_exclude: list[str] | None = None
 
     def to_settings(self) -> SlimConfig:
         """The settings, checked."""

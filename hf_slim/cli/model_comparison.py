@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +29,28 @@ _MANY_TASKS = ("AutoModelForPreTraining", "AutoModelWithLMHead")
 
 @dataclass
 class CompareArguments:
-    """Which models are compared, and on what."""
+    """Which models are compared, and on what.
 
-    model: str = field(metadata={"help": "A Hub name, or a folder with weights."})
-    other: str = field(metadata={"help": "The model to compare it with: a Hub name, or a folder with weights."})
-    validation_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data to evaluate both models on: .csv (with a header), .json or .jsonl (an object a line), or "
-            ".txt. Outputs and latency are then those of its first rows, else those of made inputs."
-        },
-    )
-    text_column: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the text, or the two columns of sentence pairs. "
-            "Default: the columns of text that are there."
-        },
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the label. Default: 'label', if there is one."}
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": "Tokenizer: a Hub name, a folder, or a WordPiece vocabulary (.txt). Default: the model's."},
-    )
-    max_seq_length: int = field(
-        default=128,
-        metadata={"help": "Tokens of a sequence: longer ones are cut; for causal-lm all are exactly this long."},
-    )
-    batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass of the evaluation."})
+    Args:
+        model: A Hub name, or a folder with weights.
+        other: The model to compare it with.
+        validation_file: Data to evaluate both on, as `DataArguments` takes it; without, outputs and latency are those
+            of made inputs.
+        text_column: As of `DataArguments`.
+        label_column: As of `DataArguments`.
+        tokenizer_name: A Hub name, a folder, or a WordPiece vocabulary (.txt), if not the model's.
+        max_seq_length: As of `DataArguments`.
+        batch_size: Rows of a forward pass of the evaluation.
+    """
+
+    model: str
+    other: str
+    validation_file: str | None = None
+    text_column: list[str] | None = None
+    label_column: str | None = None
+    tokenizer_name: str | None = None
+    max_seq_length: int = DataArguments.max_seq_length
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ html_js_files = ["filter.js"]
 
 # Links to headings of a page, and from a page to files of the repository.
 myst_heading_anchors = 3
+myst_footnote_transition = False
 
 # Docstrings write code in single backticks.
 default_role = "code"

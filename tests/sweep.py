@@ -12,7 +12,7 @@ import multiprocessing
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -38,7 +38,8 @@ reloaded copy and its generated text with the masked model's: in float32, and wh
 
 `slimmed` counts the structures of the tiny model; `-` means that the type has no such module of linear layers. What is
 `not proven` are structures whose layers the made inputs do not call, so that no comparison says anything about them;
-`model_slim` and `save_slimmed` name them, and take a batch of yours that reaches them.
+`model_slim` and `save_slimmed` name them, and take a batch of yours that reaches them. The numbers in the notes are
+those of the [reasons](#reasons) at the end of the page.
 
 | type | FFN | attention | note |
 | --- | --- | --- | --- |
@@ -46,9 +47,17 @@ reloaded copy and its generated text with the masked model's: in float32, and wh
 
 ## Not built or not run
 
+No tiny model of these types could be made, or none runs on made inputs. That says nothing about yours: `hf-slim
+inspect` shows what can be slimmed in it, and it is compared when it is saved, on a batch of yours where no input can
+be made.
+
 | type | why |
 | --- | --- |
 {failed}
+
+## Reasons
+
+{reasons}
 """
 
 
@@ -118,7 +127,7 @@ def explain(verdicts: Sequence[Verdict]) -> str:
         text += (
             f" {', '.join(others)} did not pass: see the notes; `save_slimmed` and `model_slim` refuse such a model."
         )
-    return f"{text} Modules that are skipped stay as they are, for the reason in the note, and the model stays right."
+    return f"{text} Modules that are skipped stay as they are, for the reason in the notes, and the model stays right."
 
 
 def summarize(verdicts: Sequence[Verdict]) -> str:
@@ -148,9 +157,14 @@ def summarize(verdicts: Sequence[Verdict]) -> str:
 
 def write_page(verdicts: Sequence[Verdict], path: Path) -> None:
     """Write the page of supported architectures."""
-    rows = [
-        f"| {v.model_type} | {_cell(v, 'ffn')} | {_cell(v, 'mha')} | {_escape(_note(v))} |" for v in verdicts if v.ran
-    ]
+    numbers: dict[str, int] = {}
+    rows = []
+    for verdict in verdicts:
+        if verdict.ran:
+            notes = [_refer(what, reasons, numbers) for what, reasons in _notes(verdict)]
+            rows.append(
+                f"| {verdict.model_type} | {_cell(verdict, 'ffn')} | {_cell(verdict, 'mha')} | {'; '.join(notes)} |"
+            )
     failed = [f"| {v.model_type} | {_escape(v.reason or v.error)} |" for v in verdicts if not v.ran]
     text = PAGE.format(
         version=transformers.__version__,
@@ -159,6 +173,7 @@ def write_page(verdicts: Sequence[Verdict], path: Path) -> None:
         summary=summarize(verdicts),
         rows="\n".join(rows),
         failed="\n".join(failed),
+        reasons="\n".join(f"[^{number}]: {_escape(reason)}" for reason, number in numbers.items()),
     )
     path.write_text(text, encoding="utf-8")
 
@@ -170,29 +185,38 @@ def _cell(verdict: Verdict, kind: str) -> str:
     return f"slimmed {result.slimmed}" if result.slimmed else result.state
 
 
-def _note(verdict: Verdict) -> str:
-    notes = [f"**wrong**: {verdict.wrong}"] if verdict.wrong else []
-    notes += [f"**error**: {verdict.error}"] if verdict.error else []
+def _notes(verdict: Verdict) -> list[tuple[str, list[str]]]:
+    """What there is to say beside the counts, each with its reasons or with the names of the structures."""
+    notes = [("**wrong**", [verdict.wrong])] if verdict.wrong else []
+    notes += [("**error**", [verdict.error])] if verdict.error else []
     for kind, name in zip(KINDS, ("FFN", "attention"), strict=True):
-        reasons = Counter(_generalize(reason) for _, reason in verdict.kinds[kind].skipped)
-        notes += [f"{name}, {number} skipped: {reason}" for reason, number in reasons.most_common(2)]
-    notes += [f"reloading not compared: {verdict.not_reloaded}"] if verdict.not_reloaded else []
+        skipped = verdict.kinds[kind].skipped
+        if skipped:
+            notes.append((f"{name}, {len(skipped)} skipped", _generalize(reason for _, reason in skipped)))
+    notes += [("reloading not compared", [verdict.not_reloaded])] if verdict.not_reloaded else []
     if verdict.unproven:
-        notes.append(f"{len(verdict.unproven)} not proven: {_generalize(verdict.unproven[0])}")
+        names = [f"not proven: {name}" for name in _generalize(verdict.unproven)]
+        notes.append((f"{len(verdict.unproven)} not proven", names))
     elif verdict.unreached:
-        notes.append(f"{len(verdict.unreached)} not reached by the inputs: {_generalize(verdict.unreached[0])}")
-    return "; ".join(notes)
+        names = [f"not reached by the inputs: {name}" for name in _generalize(verdict.unreached)]
+        notes.append((f"{len(verdict.unreached)} not reached by the inputs", names))
+    return notes
 
 
-def _generalize(reason: str) -> str:
-    """The reason without the numbers of layers, so that those of equal blocks are equal; and short."""
-    text = re.sub(r"\.\d+(?=\.|\b)", ".*", " ".join(reason.split()))
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _generalize(reasons: Iterable[str]) -> list[str]:
+    """The reasons without the numbers of layers, each once: those of equal blocks are equal then."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|\b)", ".*", " ".join(reason.split())) for reason in reasons))
+
+
+def _refer(what: str, reasons: Sequence[str], numbers: dict[str, int]) -> str:
+    """A note with the footnotes of its reasons, which are numbered as they come."""
+    marks = [f"[^{numbers.setdefault(reason, len(numbers) + 1)}]" for reason in reasons]
+    return f"{what} {' '.join(marks)}"
 
 
 def _escape(text: str) -> str:
     text = re.sub(r" from '[^']*'", "", text)  # where transformers is installed
-    return text.replace("|", "\\|")
+    return re.sub(r"([|*<])", r"\\\1", text)
 
 
 def main() -> None:
@@ -205,7 +229,8 @@ def main() -> None:
     flags = parser.parse_args()
     verdicts = sweep(flags.types, flags.jobs)
     for verdict in verdicts:
-        trouble = _note(verdict) if verdict.ran else verdict.reason or verdict.error
+        notes = "; ".join(f"{what}: {' / '.join(reasons)}" for what, reasons in _notes(verdict))
+        trouble = notes if verdict.ran else verdict.reason or verdict.error
         states = " ".join(f"{kind}: {_cell(verdict, kind)}," for kind in KINDS) if verdict.ran else "not run:"
         print(f"{verdict.model_type}: {states} {trouble}")
     print(summarize(verdicts))

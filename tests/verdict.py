@@ -332,10 +332,11 @@ def _step(name: str) -> Iterator[None]:
 
 
 def _shorten(error: BaseException) -> str:
+    """Type and message, without sentences that list hundreds of classes."""
     while error.__cause__ is not None:
         error = error.__cause__
     needs = re.search(r"requires the (\S+) library|No module named '(\w+)'", str(error))
     if needs:
         return f"needs {needs[1] or needs[2]}, which is not installed"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    first, *others = re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(str(error).split()))
+    return " ".join([f"{type(error).__name__}: {first}", *(text for text in others if len(text) <= 400)])

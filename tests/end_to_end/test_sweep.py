@@ -1,9 +1,9 @@
 """Every model type of transformers can be slimmed: about forty of them here, all of them with `pytest -m slow`."""
 
 import pytest
-from sweep import sweep
+from sweep import sweep, write_page
 from tiny import model_types
-from verdict import KINDS, sweep_type
+from verdict import KINDS, KindVerdict, Verdict, sweep_type
 
 TYPES = (
     "albert bart beit bert bigbird_pegasus bloom clip codegen deberta deberta-v2 deepseek_v2 deepseek_v3 diffllama "
@@ -38,6 +38,28 @@ def test_a_tiny_model_of_the_type_is_slimmed_exactly(model_type):
         expected = expected or SOME_LEFT_ALONE.get((model_type, kind))
         assert bool(found.skipped) == (expected is not None), found.skipped
         assert all(str(expected) in reason for _, reason in found.skipped), found.skipped
+
+
+def test_the_page_has_every_reason_once_and_to_its_end(tmp_path):
+    long = "its layers are " + ", ".join(f"layers.{n}.projection|{n}" for n in (0, 0, 1)) + 200 * " and more"
+    skipped = [("layers.0", long), ("layers.1", long.replace("layers.1", "layers.2")), ("head", "it adds ALiBi")]
+    kinds = {"ffn": KindVerdict(True, 4, []), "mha": KindVerdict(True, 0, skipped)}
+    verdicts = [
+        Verdict("one", True, True, kinds=kinds),
+        Verdict("two", True, True, kinds=kinds, unproven=["blocks.0.fc", "blocks.1.fc"]),
+        Verdict("three", reason="ValueError: no"),
+    ]
+    write_page(verdicts, tmp_path / "page.md")
+    lines = (tmp_path / "page.md").read_text(encoding="utf-8").splitlines()
+    starred = r"its layers are " + ", ".join(rf"layers.\*.projection\|{n}" for n in (0, 0, 1)) + 200 * " and more"
+    assert [line for line in lines if line.startswith(("| one", "| two", "| three", "[^"))] == [
+        "| one | slimmed 4 | skipped | attention, 3 skipped [^1] [^2] |",
+        "| two | slimmed 4 | skipped | attention, 3 skipped [^1] [^2]; 2 not proven [^3] |",
+        "| three | ValueError: no |",
+        f"[^1]: {starred}",
+        "[^2]: it adds ALiBi",
+        r"[^3]: not proven: blocks.\*.fc",
+    ]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("article table")) {
     const rows = [...table.tBodies[0].rows];
     if (rows.length < 100) continue;
+    for (const row of rows) row.cells[0].style.cssText = "overflow-wrap: anywhere; min-width: 8em";
     const texts = rows.map((row) => {
       const links = [...row.querySelectorAll("a.footnote-reference")];
       for (const link of links) link.title = document.querySelector(`${link.hash} p`).textContent;

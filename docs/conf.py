@@ -2,6 +2,8 @@
 
 import re
 
+import hf_slim
+
 project = "hf_slim"
 author = "The hf_slim authors"
 copyright = author
@@ -30,6 +32,19 @@ def escape_bars(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"(`[^`]*`)|\|", lambda match: match[1] or r"\|", line) for line in lines]
 
 
+def name_publicly(app, env, node, contnode):
+    """Let a type be found by its public name, whatever module it is defined in; the reference has no other names."""
+    name = node["reftarget"].rpartition(".")[2]
+    if node.get("refdomain") == "py" and name in hf_slim.__all__ and node["reftarget"] != f"hf_slim.{name}":
+        contnode[:] = [type(contnode[0])(name)]
+        node["reftarget"] = f"hf_slim.{name}"
+        return env.get_domain("py").resolve_xref(
+            env, node["refdoc"], app.builder, "obj", node["reftarget"], node, contnode
+        )
+    return None
+
+
 def setup(app):
-    """Have Sphinx call the function above."""
+    """Have Sphinx call the functions above."""
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("missing-reference", name_publicly)

@@ -149,7 +149,7 @@ def test_the_changelog_has_the_version_of_setup() -> None:
 
 def _public_names() -> Iterator[str]:
     for name in hf_slim.__all__:
-        yield f"{getattr(hf_slim, name).__module__}.{name}"
+        yield f"hf_slim.{name}"
 
 
 def _vocabulary() -> list[str]:

@@ -23,6 +23,7 @@ from hf_slim import SlimConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["datasets", "evaluate", "hf_slim", "peft", "run_page", "transformers"])
@@ -141,10 +142,31 @@ def test_the_pages_build_without_a_warning(tmp_path: Path, environment: dict[str
         assert f'href="#{name}"' in reference.partition('id="settings"')[0]
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS], ids=lambda p: p.name
+)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    if page.suffix == ".ipynb":
+        text = "\n".join(c.source for c in nbformat.read(page, as_version=4).cells if c.cell_type == "markdown")
+    else:
+        text = re.sub(r"^```.*?^```$|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not path.startswith(("http://", "https://")):
+            assert not path or (page.parent / path).is_file(), target
+            assert not anchor or anchor in _anchors(page.parent / path if path else page), target
+
+
 def test_the_changelog_has_the_version_of_setup() -> None:
     setup = re.search(r'version="(.+?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     changelog = re.search(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert setup and changelog and setup[1] == changelog[1]
+
+
+def _anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _public_names() -> Iterator[str]:

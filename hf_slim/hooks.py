@@ -17,7 +17,7 @@ from .compaction import forget_remote_code, refresh_record, refuse_other_sizes
 from .distillation import refuse_untaught, remember_fresh
 from .exports import refuse_other_groups
 from .modeling_hf_slim import RECORD_KEY, resize
-from .saving import portable
+from .saving import keep_loaded, portable
 from .training import (
     SlimTrainerCallback,
     add_sparsities,
@@ -54,7 +54,10 @@ def _finish_model(finish: Callable[..., None], model: Any, /) -> None:
 def _load_model(
     load: Callable[..., Any], cls: Any, /, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Load a model, resized also where code of somebody else's builds parts of it late; name a damaged weight file."""
+    """Load a model, resized also where code of somebody else's builds parts of it late; name a damaged weight file.
+
+    It keeps what `save_slimmed` wrote beside it.
+    """
     try:
         loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
     except SafetensorError as error:
@@ -65,6 +68,7 @@ def _load_model(
     if RECORD_KEY in model.config.__dict__ and not _is_stock(model):
         resize(model)  # which finds everything done, or a name that is nowhere in it
     remember_fresh(model)
+    keep_loaded(model, pretrained_model_name_or_path)
     return loaded
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import (
@@ -15,8 +15,7 @@ from transformers import (
 
 from ..arguments import SlimConfig
 from ..one_shot import MethodName, slim
-from ..proof import make_inputs
-from ..saving import Provenance, SlimReport, check_folder, find_settings, write_folder
+from ..saving import SlimReport, check_folder, save_slimmed
 from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
 from .model_source import check_place
 from .tokenizer import load_tokenizer
@@ -65,7 +64,7 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
     is_language_model = rows.task == "causal-lm"
     kind = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
     model = kind.from_pretrained(arguments.model_name_or_path)
-    report = slim(
+    slim(
         model,
         _tokenize(rows, tokenizer, data_arguments.max_seq_length).shuffle(seed=arguments.seed),
         config,
@@ -74,9 +73,7 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         data_collator=default_data_collator if is_language_model else DataCollatorWithPadding(tokenizer),
         method=arguments.method,
     )
-    provenance = Provenance(settings={"method": arguments.method, **find_settings(asdict(config))})
-    write_folder(folder, model, report, folder.name, tokenizer, [make_inputs(model)], provenance)
-    return report
+    return save_slimmed(model, folder, processing_class=tokenizer)
 
 
 def _load_tokenizer(arguments: PruneArguments) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..arguments import check_whole
 from ..proof import check_verify
+from .dense_model import mark_unproven
 from .proven_removal import find_proof, find_removable, name_unproven, remove_units
 
 logger = logging.get_logger(__name__)
@@ -57,6 +58,7 @@ def model_slim(model: nn.Module, round_multiplier: int = 32, verify: bool | Mapp
         proof = None
         logger.warning(f"model_slim: it is not proven that the slimmed model computes the same. {error}")
     unproven = remove_units(model, structures, masks, proof)
+    mark_unproven(model, structures, unproven)
     if proof is not None and unproven:
         logger.warning(f"model_slim: {name_unproven(unproven)}")
     return model

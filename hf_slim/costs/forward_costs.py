@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from .timing import choose_clock, time_alternately, time_call
 _LARGEST = 1.5e9  # bytes of a dense model from which on neither is done
 _SECONDS = 0.3  # that the timing may take
 _FEWEST, _MOST = 3, 10  # rounds of it
+_LONGEST = 200  # letters of an error that are told
 
 
 class ForwardCosts(NamedTuple):
@@ -33,6 +35,7 @@ class ForwardCosts(NamedTuple):
         milliseconds_before: The time of the dense model, the median of both models timed in turn.
         milliseconds_after: That of the slimmed model.
         machine: What they were timed on.
+        missing: What is not known, and why; empty if all is.
     """
 
     flops_before: int | None = None
@@ -40,11 +43,12 @@ class ForwardCosts(NamedTuple):
     milliseconds_before: float | None = None
     milliseconds_after: float | None = None
     machine: str = ""
+    missing: str = ""
 
 
 def make_small_skeleton(
     model: nn.Module, structures: Sequence[Structure], sizes: Mapping[str, torch.Size]
-) -> Skeleton | None:
+) -> Skeleton | str:
     """Keep the shape of a model that is about to be slimmed, if counting and timing it is cheap.
 
     Args:
@@ -53,44 +57,58 @@ def make_small_skeleton(
         sizes: For tensors from which units have left the sizes that they had.
 
     Returns:
-        Its modules without values; None for models of more than 1.5 GB, for sharded and offloaded ones, for modules
-        that hold no transformers model, and where the modules cannot be copied.
+        Its modules without values; or why there are none, for models of more than 1.5 GB, for sharded and offloaded
+        ones, for modules that hold no transformers model, and where the modules cannot be copied.
     """
     dense = sum(sizes.get(name, p.shape).numel() * p.element_size() for name, p in model.named_parameters())
-    if dense > _LARGEST or is_spread(model) or is_dispatched(model) or not find_pretrained(model):
-        return None
+    if dense > _LARGEST:
+        return f"the dense model has more than {_LARGEST / 1e9:.1f} GB"
+    if is_spread(model) or is_dispatched(model):
+        return "the model is spread over devices or processes"
+    if not find_pretrained(model):
+        return "it holds no transformers model, so that no inputs can be made for it"
     try:
         return Skeleton(model, structures, sizes)
-    except RUN_ERRORS:
-        return None
+    except RUN_ERRORS as error:
+        return f"its modules cannot be copied ({_shorten(error)})"
 
 
-def find_forward_costs(skeleton: Skeleton | None, model: nn.Module, kept: Kept) -> ForwardCosts:
-    """Count and time a forward pass before and after, on one example (of a text 128 tokens).
+def find_forward_costs(skeleton: Skeleton | str, model: nn.Module, kept: Kept) -> ForwardCosts:
+    """Count and time a forward pass before and after, on one example.
+
+    Of a text that is 128 tokens, or half as many as the model has positions, if that is less.
 
     Models of the old sizes and of the new, both with made weights, are counted without values and timed in turn. The
     time is not known where a third of a second does not do for it, and nothing of models that no inputs can be made
     for.
 
     Args:
-        skeleton: The dense model.
+        skeleton: The dense model; or why there is none.
         model: The slimmed model.
         kept: How many units the structures have.
 
     Returns:
-        What is known.
+        What is known, and why the rest is not.
     """
-    if skeleton is None:
-        return ForwardCosts()
+    if isinstance(skeleton, str):
+        return ForwardCosts(missing=f"Operations and latency are not known: {skeleton}.")
     try:
         batches = make_batches(model, "the report")
         flops = count_flops(skeleton, batches, {})[""], count_flops(skeleton, batches, kept)[""]
         milliseconds = _time(skeleton, model, batches, kept)
-    except RUN_ERRORS:
-        return ForwardCosts()
+    except RUN_ERRORS as error:
+        why = f"the model cannot be run by itself on made inputs ({_shorten(error)})"
+        return ForwardCosts(missing=f"Operations and latency are not known: {why}.")
     if milliseconds is None:
-        return ForwardCosts(*flops)
+        why = f"a few passes take longer than {_SECONDS} s"
+        return ForwardCosts(*flops, missing=f"The latency is not known: {why}.")
     return ForwardCosts(*flops, *milliseconds, name_machine(skeleton.device))
+
+
+def _shorten(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence."""
+    line = next(iter(str(error).splitlines()), "").partition(": pass a batch")[0].rstrip(".")
+    return textwrap.shorten(line or type(error).__name__, _LONGEST, placeholder=" ...")
 
 
 def name_machine(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..arguments import SlimConfig, find_teacher_fields
-from ..compaction import find_pretrained, find_proof, remove_units, zero_units
+from ..compaction import find_pretrained, find_proof, mark_unproven, remove_units, zero_units
 from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
 from ..proof import keeping_random_state
-from ..saving import SlimReport, StructureSize, count_bytes, count_parameters
+from ..saving import SlimReport, StructureSize, count_bytes, count_parameters, find_settings, keep_slimming
 from ..structures import REMEDY, Discovery, Structure, count_left, find_structures, has_adapters, require_structures
 from ..training import Plan, make_plan, refuse_attached
 from .calibration_batches import Calibration, has_decoder, make_batches
@@ -46,7 +46,7 @@ def slim(
     the files on disk are deleted, when all is done. The slim model computes what the model
     with zeros in place of its units does, which is compared on a sample.
 
-    Save the result by `save_pretrained`, or train it first.
+    Save the result by `save_slimmed`, whose card then says all this, or by `save_pretrained`, or train it first.
 
     Args:
         model: The model; changed in place, its config, too.
@@ -95,6 +95,7 @@ def slim(
         sizes = tuple(StructureSize(s.name, s.kind, s.units, kept_units[s.name]) for s in structures)
         budget = plan.report_budget(kept_units)
         report = SlimReport(before[0], count_parameters(model), before[1], count_bytes(model), sizes, unproven, budget)
+    keep_slimming(model, {"method": method, **find_settings(asdict(config))}, budget)
     return report
 
 
@@ -142,6 +143,7 @@ def _remove(model: nn.Module, structures: tuple[Structure, ...], masks: Masks, d
             f"{error.__cause__ or error}"
         ) from error
     unproven = remove_units(model, structures, whole, proof)
+    mark_unproven(model, structures, unproven)
     if unproven:
         logger.warning(
             f"slim: the first sample does not reach {', '.join(unproven)}, so it is not proven that the slimmed model "

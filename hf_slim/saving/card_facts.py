@@ -24,12 +24,14 @@ class Provenance:
         datasets: The data sets of the Hub that it was trained on.
         evaluated_on: The one that it was evaluated on.
         settings: The arguments of the slimming, by name.
+        base_model: The repository that it was made from, where it was loaded from a folder that says so.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     datasets: tuple[DataName, ...] = ()
     evaluated_on: DataName | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class CardFacts:
             tuple(DataName(*name) for name in stored["datasets"]),
             None if evaluated_on is None else DataName(*evaluated_on),
             stored["settings"],
+            stored.get("base_model"),
         )
         return cls(**{**fields, "provenance": provenance})
 
@@ -110,7 +113,7 @@ def find_card_facts(model: PreTrainedModel, provenance: Provenance, *, has_remot
         needs_import=has_record(model.config),
         has_remote_code=has_remote_code and class_name in find_auto_classes(model.config).values(),
         task=next(iter(tasks), ""),
-        base_model=find_base_model(model.config),
+        base_model=find_base_model(model.config) or provenance.base_model,
         license=find_license(model.config),
         provenance=provenance,
     )

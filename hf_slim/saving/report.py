@@ -7,7 +7,7 @@ import io
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,14 @@ class SlimReport:
         unproven: Names of the structures that have lost units without proof that the model computes the same without
             them, since the inputs of the comparison reach none of their layers, or nothing was compared.
         budget: What was asked for by a budget, and what came of it; None if none was.
-        flops_before: Floating-point operations of a forward pass on one example (of a text 128 tokens) before; None if
-            they were not counted.
+        flops_before: Floating-point operations of a forward pass on one example before; None if they were not counted.
+            Of a text it is of 128 tokens, or of half as many as the model has positions, if that is less.
         flops_after: Those of the slimmed model.
         milliseconds_before: How long that forward pass took before, both timed in turn; None if it was not timed.
             Two reports of the same slimming are equal, whatever was timed.
         milliseconds_after: How long that of the slimmed model took.
         machine: What they were timed on.
+        missing: Which of these costs are not known, and why; empty if all are, or none were asked for.
     """
 
     parameters_before: int
@@ -64,6 +65,7 @@ class SlimReport:
     milliseconds_before: float | None = field(default=None, compare=False)
     milliseconds_after: float | None = field(default=None, compare=False)
     machine: str = field(default="", compare=False)
+    missing: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """The totals, then a line for each structure, then the budget, then those that are not proven."""
@@ -93,20 +95,29 @@ class SlimReport:
         """The reverse of `to_dict`.
 
         Args:
-            fields: What it gave, perhaps read from JSON.
+            fields: What it gave, perhaps read from JSON; or the whole content of a `slim_report.json`.
 
         Returns:
             The report.
+
+        Raises:
+            ValueError: If it is no report.
         """
+        fields = _find_fields(fields)
         budget = fields.get("budget")
-        return cls(
-            **{
-                **fields,
-                "structures": tuple(StructureSize(**size) for size in fields["structures"]),
-                "unproven": tuple(fields.get("unproven", ())),
-                "budget": None if budget is None else BudgetReport(**budget),
-            }
-        )
+        try:
+            return cls(
+                **{
+                    **fields,
+                    "structures": tuple(StructureSize(**size) for size in fields["structures"]),
+                    "unproven": tuple(fields.get("unproven", ())),
+                    "budget": None if budget is None else BudgetReport(**budget),
+                }
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"SlimReport.from_dict: what it was given is no report of this version: {error}."
+            ) from error
 
     def to_pandas(self) -> DataFrame:
         """The sizes of the structures as a table of pandas.
@@ -133,6 +144,7 @@ class SlimReport:
 
         Raises:
             ImportError: If matplotlib is not there.
+            ValueError: If the report has no structures.
         """
         return plot_layers(self.structures)
 
@@ -156,6 +168,7 @@ class SlimReport:
         sizes: list[tuple[str, ...]] = [("structure", "kind", "before", "after", "change")]
         sizes += [(size.name, size.kind, *_row("", size.before, size.after, ",")[1:]) for size in self.structures]
         notes = [f"latency of a forward pass on {self.machine}"] if self.milliseconds_before else []
+        notes += [self.missing] if self.missing else []
         notes += [f"budget: {self.budget}"] if self.budget is not None else []
         notes += [f"not proven: {', '.join(self.unproven)}"] if self.unproven else []
         return (
@@ -265,6 +278,18 @@ def measure_latency(
         for module, training in modes.items():
             module.training = training
     return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _find_fields(given: Any) -> Mapping[str, Any]:
+    """The fields of a report, which may lie in the content of a `slim_report.json`."""
+    fields = given.get("report", given) if isinstance(given, Mapping) else given
+    known = [name for name, f in SlimReport.__dataclass_fields__.items() if f.default is MISSING]
+    if not isinstance(fields, Mapping) or (lacking := [name for name in known if name not in fields]):
+        what = f"lacks {', '.join(lacking)}" if isinstance(fields, Mapping) else f"is a {type(fields).__name__}"
+        raise ValueError(
+            f"SlimReport.from_dict takes what to_dict gave, or the content of a slim_report.json; this {what}."
+        )
+    return fields
 
 
 def _row(name: str, before: float, after: float, spec: str) -> tuple[str, ...]:

@@ -16,9 +16,12 @@ from transformers.utils import logging
 
 from ..arguments import SlimConfig
 from ..compaction import (
+    find_dense,
     find_pretrained,
     find_proof,
     find_removable,
+    find_unproven,
+    mark_unproven,
     merge_proven,
     name_unproven,
     remove_units,
@@ -36,22 +39,14 @@ from ..parallel import (
     writing_apart,
 )
 from ..proof import check_verify
-from ..structures import (
-    REMEDY,
-    Masks,
-    Structure,
-    count_left,
-    find_structures,
-    get_tensor,
-    has_adapters,
-    require_structures,
-)
-from ..training import ModelShape, Slimmer, SlimTrainerCallback, find_shape, find_slimmer
+from ..structures import REMEDY, Masks, count_left, has_adapters
+from ..training import Slimmer, SlimTrainerCallback, find_slimmer
 from .atomic_folder import check_folder
 from .card_facts import Provenance, find_settings
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .layer_bars import StructureSize
 from .model_folder import write_folder
+from .past_slimming import add_past, find_past
 from .report import SlimReport, count_bytes, count_parameters
 from .trainer_batches import find_batch
 from .training_data import find_data_name, find_data_names
@@ -141,7 +136,7 @@ def save_slimmed(
     if not is_spread(model):
         report = run_in_first_process(lambda: save(model))
         if inplace and not (own and is_first_process()):
-            remove_units(model, *find_removable(model, known.multiple, known.masks), None)
+            _slim_too(model, known, report)
         return report
     weights = gather_weights(model)
     return run_in_first_process(lambda: save(build_whole(model, weights)))
@@ -153,7 +148,6 @@ class _Known(NamedTuple):
     Args:
         masks: For the names of structures boolean tensors of shape `[units]`, True = keep.
         multiple: Multiple for the number of intermediate channels.
-        shape: Which units it has of those that it had before training; None if it has all.
         batch: A few rows of the trainer's data.
         unproven: Names of the structures that have lost units while it trained, without proof.
         provenance: What a card says of the training.
@@ -162,7 +156,6 @@ class _Known(NamedTuple):
 
     masks: Masks
     multiple: int
-    shape: ModelShape | None
     batch: Mapping[str, Any] | None
     unproven: tuple[str, ...]
     provenance: Provenance
@@ -189,10 +182,9 @@ def _look_back(trainer: Trainer | None, model: nn.Module, *, needs_batch: bool) 
     return _Known(
         masks,
         slimmer.plan.round_to if slimmer is not None else SlimConfig().slim_round_to,
-        find_shape(model),
         find_batch(trainer, model) if trainer is not None and needs_batch else None,
         tuple(sorted(slimmer.unproven)) if slimmer is not None else (),
-        _find_provenance(trainer, slimmer),
+        _find_provenance(trainer, slimmer, model),
         slimmer if masks else None,
     )
 
@@ -203,23 +195,29 @@ def _slim(
     """The model slimmed, what became smaller, and the inputs on which it was compared with what it was before."""
     proof = find_proof(slim, verify, known.batch)
     slim, proof = merge_proven(slim, proof)
-    before = _measure_before(slim, known.shape)
-    sizes = known.shape.sizes_before(slim) if known.shape is not None else {}
-    skeleton = make_small_skeleton(slim, before.structures, sizes) if proof is not None else None
+    dense = find_dense(slim)
+    before = count_parameters(dense.model), count_bytes(dense.model)
+    skeleton = (
+        make_small_skeleton(slim, dense.structures, dense.sizes)
+        if proof is not None
+        else "nothing was run (verify=False)"
+    )
     structures, masks = find_removable(slim, known.multiple, known.masks)
     unproven = remove_units(slim, structures, masks, proof, is_copy=is_copy)
-    kept = {s.name: count_left(slim, s) for s in before.structures}
+    mark_unproven(slim, structures, unproven)
+    kept = {s.name: count_left(slim, s) for s in dense.structures}
     costs = find_forward_costs(skeleton, slim, kept)
     report = SlimReport(
-        before.parameters,
+        before[0],
         count_parameters(slim),
-        before.bytes,
+        before[1],
         count_bytes(slim),
-        tuple(StructureSize(s.name, s.kind, s.units, kept[s.name]) for s in before.structures),
-        (*unproven, *known.unproven),
+        tuple(StructureSize(s.name, s.kind, s.units, kept[s.name]) for s in dense.structures),
+        tuple(dict.fromkeys((*find_unproven(slim, structures), *known.unproven))),
         known.slimmer.plan.report_budget(kept) if known.slimmer is not None else None,
         *costs,
     )
+    report = add_past(report, slim)
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
     if proof is not None and unproven:
@@ -227,23 +225,11 @@ def _slim(
     return slim, report, list(proof.batches.values()) if proof is not None else []
 
 
-class _Before(NamedTuple):
-    parameters: int
-    bytes: int
-    structures: tuple[Structure, ...]
-
-
-def _measure_before(model: nn.Module, shape: ModelShape | None) -> _Before:
-    """A model before anything was removed, from it now or while it trained."""
-    parameters, size = count_parameters(model), count_bytes(model)
-    if shape is None:
-        return _Before(parameters, size, require_structures(model, find_structures(model)))
-    for name, dense in shape.sizes_before(model).items():
-        tensor = get_tensor(model, name)
-        removed = dense.numel() - tensor.numel()
-        parameters += removed if isinstance(tensor, nn.Parameter) else 0
-        size += removed * tensor.element_size()
-    return _Before(parameters, size, shape.found.structures)
+def _slim_too(model: nn.Module, known: _Known, report: SlimReport) -> None:
+    """Remove from the caller's model what has been removed from the copy that was saved."""
+    structures, masks = find_removable(model, known.multiple, known.masks)
+    remove_units(model, structures, masks, None)
+    mark_unproven(model, structures, report.unproven)
 
 
 def _check_arguments(output_dir: Any, processing_class: Any, verify: Any, repo_id: Any, **switches: Any) -> None:
@@ -296,17 +282,19 @@ def _copy(model: nn.Module) -> nn.Module:
     return slim
 
 
-def _find_provenance(trainer: Trainer | None, slimmer: Slimmer | None) -> Provenance:
+def _find_provenance(trainer: Trainer | None, slimmer: Slimmer | None, model: nn.Module) -> Provenance:
     """The last evaluation, the data sets that are known, and what was asked of the slimming, but for the defaults."""
-    settings = find_settings(slimmer.plan.settings) if slimmer is not None else {}
+    past = find_past(model)[1]
+    settings = (find_settings(slimmer.plan.settings) if slimmer is not None else None) or past.settings
     if trainer is None:
-        return Provenance(settings=settings)
+        return Provenance(settings=settings, base_model=past.base_model)
     evaluated_on = trainer.eval_dataset if not isinstance(trainer.eval_dataset, dict) else None
     return Provenance(
         _metrics(trainer),
         tuple(find_data_names(trainer.train_dataset)),
         find_data_name(evaluated_on),
         settings,
+        past.base_model,
     )
 
 

@@ -11,7 +11,7 @@ from .checkpoints import choose_checkpoint, find_whole_checkpoint, restore_shape
 from .damaged_weight_files import find_damaged_weights
 from .even_sizes import fit_evenly, size_evenly
 from .importance import score_structures
-from .model_shape import ModelShape, find_shape
+from .model_shape import find_shape
 from .plan import Plan, make_plan
 from .schedule import Schedule
 from .slimmer import Slimmer, find_slimmer

@@ -96,7 +96,7 @@ def test_the_whole_text():
     assert card.data.base_model == "google/bert"
     assert card.text.strip() == (
         "# slim-x\n\n"
-        "[google/bert](https://huggingface.co/google/bert) with 60% of its parameters: intermediate channels and "
+        "[google/bert](https://huggingface.co/google/bert) slimmed to 60% of the parameters of the dense model: intermediate channels and "
         "attention heads were removed physically with hf_slim.\n\n"
         "|  | before | after | change |\n"
         "| --- | ---: | ---: | ---: |\n"
@@ -233,7 +233,7 @@ def test_hf_slim_is_installed_from_where_it_is_known_to_be(monkeypatch):
 
 def test_a_stock_model_of_no_repository():
     text = _make("llama", base_model="", metrics={}).text
-    assert "\nA `LlamaForCausalLM` with 60% of its parameters" in text
+    assert "\nA `LlamaForCausalLM` slimmed to 60% of the parameters of the dense model" in text
     assert "## Use\n\nThe config expresses the sizes by itself: this is a stock model, and nothing needs" in text
     assert '\nmodel = AutoModelForCausalLM.from_pretrained("me/slim-x")\n' in text
     assert "import hf_slim" not in text and "trust_remote_code" not in text and "## Evaluation" not in text
@@ -245,7 +245,9 @@ def test_a_folder_is_no_base_model(tmp_path):
 
 def test_part_of_another_card():
     text = _make(record=RECORD, title="Slimmed with hf_slim").text.strip()
-    assert text.startswith("# Slimmed with hf_slim\n\nA `BertForSequenceClassification` with") and "```" not in text
+    assert (
+        text.startswith("# Slimmed with hf_slim\n\nA `BertForSequenceClassification` slimmed to") and "```" not in text
+    )
 
 
 def test_metadata_of_another_card_stay(tmp_path):

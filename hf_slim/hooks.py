@@ -1,4 +1,4 @@
-"""What `import hf_slim` adds to transformers: the functions here take the place of some of its methods.
+"""What `import hf_slim` adds to transformers and the Hub's client: functions here take the place of some methods.
 
 Each is called with the method that was there, and with what that would be called with.
 """
@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import configuration_utils, generation, modeling_utils, trainer, trainer_callback
 
@@ -17,7 +18,7 @@ from .compaction import forget_remote_code, refresh_record, refuse_other_sizes
 from .distillation import refuse_untaught, remember_fresh
 from .exports import refuse_other_groups
 from .modeling_hf_slim import RECORD_KEY, resize
-from .saving import keep_loaded, portable
+from .saving import keep_loaded, portable, replacing_report, upload_replacing
 from .training import (
     SlimTrainerCallback,
     add_sparsities,
@@ -40,6 +41,9 @@ def install_hooks() -> None:
     _install(handler, "on_train_begin", _begin_training)
     _install(handler, "on_log", _report_log)
     _install(trainer.Trainer, "train", _train)
+    _install(trainer.Trainer, "push_to_hub", _push_trained)
+    _install(trainer.Trainer, "_push_from_checkpoint", _push_trained)
+    _install(HfApi, "upload_folder", upload_replacing)
     _install(generation.ContinuousMixin, "init_continuous_batching", _begin_batching)
 
 
@@ -134,6 +138,12 @@ def _begin_batching(begin: Callable[..., Any], model: Any, /, *args: Any, **kwar
     """Refuse continuous batching of a model whose layers do not all have the key-value heads that its config says."""
     refuse_other_groups(model)
     return begin(model, *args, **kwargs)
+
+
+def _push_trained(push: Callable[..., Any], own: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Push a trainer's folder; what is on the Hub of a slim model that was there before goes with its weights."""
+    with replacing_report():
+        return push(own, *args, **kwargs)
 
 
 def _install(owner: type, name: str, hook: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +88,9 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     sizes = read_sizes(model)
     vocabulary = read_vocabulary(_load_tokenizer(folder), model.config.vocab_size)
     tensors = dict(convert_tensors(model))
-    part = out.with_name(f"{out.name}.part")
-    writer = gguf.GGUFWriter(part, "llama" if sizes.are_uniform else "deci")
-    try:
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as apart:  # a name that no file there has
+        part = Path(apart, out.name)
+        writer = gguf.GGUFWriter(part, "llama" if sizes.are_uniform else "deci")
         _write_fields(writer, model, sizes)
         _write_vocabulary(writer, vocabulary, model.config)
         for name, tensor in tensors.items():
@@ -99,8 +100,6 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
         writer.write_tensors_to_file()
         writer.close()
         part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return out
 
 

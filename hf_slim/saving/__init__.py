@@ -8,5 +8,6 @@ from .layer_bars import StructureSize
 from .past_slimming import keep_loaded, keep_slimming
 from .published import push_slimmed, renew_card
 from .remote_code import portable
+from .replaced_report import replacing_report, upload_replacing
 from .report import SlimReport, count_bytes, count_parameters, measure_latency, render_table, shorten
 from .save import save_slimmed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -61,8 +63,10 @@ class CardFacts:
     metrics_before: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as what JSON can hold."""
-        return asdict(self)
+        """The facts as what JSON can hold; a metric that is no finite number is its name there."""
+        fields = asdict(self)
+        provenance = fields["provenance"] | {"metrics": _to_json(self.provenance.metrics)}
+        return fields | {"provenance": provenance, "metrics_before": _to_json(self.metrics_before)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CardFacts:
@@ -70,13 +74,27 @@ class CardFacts:
         stored = fields["provenance"]
         evaluated_on = stored["evaluated_on"]
         provenance = Provenance(
-            stored["metrics"],
+            _from_json(stored["metrics"]),
             tuple(DataName(*name) for name in stored["datasets"]),
             None if evaluated_on is None else DataName(*evaluated_on),
             stored["settings"],
             stored.get("base_model"),
         )
-        return cls(**{**fields, "provenance": provenance})
+        metrics_before = _from_json(fields.get("metrics_before", {}))
+        return cls(**{**fields, "provenance": provenance, "metrics_before": metrics_before})
+
+
+def _to_json(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()}
+
+
+def _from_json(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) if isinstance(value, str) else value for name, value in metrics.items()}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a metric is one that a card can show: a real number, of whatever library."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def find_settings(asked: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..structures import Kind
-from .layer_bars import COLORS, INK, Panel, StructureSize, lay_out_bars
+from .layer_bars import BAR, COLORS, INK, OUTLINE, Panel, StructureSize, lay_out_bars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,8 @@ _WIDTH = 8.3  # inches, at 100 dots each as wide as the README of a repository
 def plot_layers(structures: Sequence[StructureSize]) -> Figure:
     """Plot what each layer keeps, with the outline of what it had behind it; see `SlimReport.plot`."""
     panels = lay_out_bars(structures)
+    if not panels:
+        raise ValueError("SlimReport.plot: the report has no structures, so there is nothing to plot.")
     figure, axes = _make_figure("SlimReport.plot", len(panels), 2.1)
     for panel, ax in zip(panels, axes, strict=True):
         _draw_panel(ax, panel)
@@ -74,14 +76,16 @@ def plot_training(log_history: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
     """Solid bars of what is kept in front of the outlines of what there was."""
+    from matplotlib.colors import to_rgb
+
     xs = [bar.x for bar in panel.bars]
-    width = 0.78
     dense = [bar.before for bar in panel.bars]
-    ax.bar(xs, dense, width, facecolor=(0.5, 0.52, 0.55, 0.12), edgecolor=INK, linewidth=min(0.8, 24 / len(xs)))
-    ax.bar(xs, [bar.after for bar in panel.bars], width, color=COLORS[panel.kind])
+    outline = {"facecolor": (*to_rgb(INK), OUTLINE.fill), "edgecolor": (*to_rgb(INK), OUTLINE.edge)}
+    ax.bar(xs, dense, BAR, linewidth=panel.line * 0.72, **outline)  # in points, of which an inch has 72
+    ax.bar(xs, [bar.after for bar in panel.bars], BAR, color=COLORS[panel.kind])
     ax.set_title(panel.title, loc="left", fontsize=10, color=INK)
-    ax.set_xlim(xs[0] - 0.6, max(xs[-1], xs[0] + 12) + 0.6)  # a few bars are no wider than many
-    ax.set_ylim(0, panel.highest * 1.02)
+    ax.set_xlim(panel.start, panel.end)
+    ax.set_ylim(0, panel.highest * 1.02)  # or half of the outline would be cut off
     ax.set_yticks(panel.scale, [f"{units:,}" for units in panel.scale])
     ax.set_xticks([x for x, _ in panel.ticks], [text for _, text in panel.ticks])
     for group in panel.groups:

@@ -13,11 +13,26 @@ _GAP = 1.2
 """Bars' widths between two groups."""
 _LABELS = 16
 """The most numbers below one panel."""
+_SLOTS = 12
+"""A panel has room for so many bars at least: a few are no wider than many."""
+BAR = 0.78
+"""The width of a bar, where that with the space beside it is 1."""
 
 INK = "#7a828c"
 """Text and axes of a picture: readable on a light page and on a dark one."""
 COLORS: dict[Kind, str] = {"ffn": "#3b82d6", "mha": "#d9772b"}
 """The bars of the kinds, likewise."""
+
+
+class Outline(NamedTuple):
+    """How opaque the outline of what there was is, inside and at its edge."""
+
+    fill: float
+    edge: float
+
+
+OUTLINE = Outline(0.1, 0.8)
+"""In the colour of the text."""
 TITLES: dict[Kind, str] = {
     "ffn": "feed-forward networks: intermediate channels",
     "mha": "attention: heads or key-value groups",
@@ -81,6 +96,21 @@ class Panel(NamedTuple):
     def title(self) -> str:
         """The kind, and how much of it is kept."""
         return f"{TITLES[self.kind]} ({self.kept:,} of {self.total:,} kept, {self.kept / self.total:.0%})"
+
+    @property
+    def start(self) -> float:
+        """Where the panel begins, in widths of a bar."""
+        return self.bars[0].x - 0.5
+
+    @property
+    def end(self) -> float:
+        """Where it ends."""
+        return max(self.bars[-1].x + 0.5, self.start + _SLOTS)
+
+    @property
+    def line(self) -> float:
+        """How thick the outlines are, in pixels of a picture as wide as a README: thinner around narrow bars."""
+        return min(0.8, 24 / len(self.bars))
 
     @property
     def highest(self) -> int:

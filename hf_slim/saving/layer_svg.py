@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from .layer_bars import COLORS, INK, Panel, StructureSize, lay_out_bars
+from .layer_bars import BAR, COLORS, INK, OUTLINE, Panel, StructureSize, lay_out_bars
 
 _WIDTH, _HEIGHT = 830, 130  # of the picture, as wide as the README of a repository; of the bars of a panel
 _LEFT, _TOP = 56, 28  # where the bars of a panel begin
-_WIDEST = 60  # a bar with the space beside it
-_SHARE = 0.78  # of that, the bar
 _FONT = "font-family='system-ui, sans-serif' font-size='12'"
 
 
@@ -39,25 +37,24 @@ def draw_layers(structures: Sequence[StructureSize]) -> str:
 
 def _draw_panel(panel: Panel, top: float) -> Iterator[str]:
     bottom = top + _HEIGHT
-    first, last = panel.bars[0].x, panel.bars[-1].x
-    step = min((_WIDTH - _LEFT) / (last - first + 1), _WIDEST)
-    right = _LEFT + step * (last - first + 1)
+    step = (_WIDTH - _LEFT) / (panel.end - panel.start)
 
     def place(x: float) -> float:
-        return _LEFT + (x - first + 0.5) * step
+        return _LEFT + (x - panel.start) * step
 
     yield f"<text x='{_LEFT}' y='{top - 12}' font-size='13'>{escape(panel.title)}</text>"
     for units in panel.scale:
         y = bottom - _HEIGHT * units / panel.highest
         opacity = 0.3 if units else 1
-        yield f"<path d='M{_LEFT} {y:.1f}H{right:.1f}' stroke='{INK}' stroke-opacity='{opacity}'/>"
+        yield f"<path d='M{_LEFT} {y:.1f}H{_WIDTH}' stroke='{INK}' stroke-opacity='{opacity}'/>"
         yield f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{units:,}</text>"
     for bar in panel.bars:
-        x, width = place(bar.x) - _SHARE * step / 2, _SHARE * step
+        x, width = place(bar.x - BAR / 2), BAR * step
         before, after = (_HEIGHT * units / panel.highest for units in (bar.before, bar.after))
         yield (
             f"<rect x='{x:.1f}' y='{bottom - before:.1f}' width='{width:.1f}' height='{before:.1f}' "
-            f"fill-opacity='0.1' stroke='{INK}' stroke-opacity='0.8' stroke-width='0.8'/>"
+            f"fill-opacity='{OUTLINE.fill}' stroke='{INK}' stroke-opacity='{OUTLINE.edge}' "
+            f"stroke-width='{panel.line:.2g}'/>"
         )
         yield (
             f"<rect x='{x:.1f}' y='{bottom - after:.1f}' width='{width:.1f}' height='{after:.1f}' "

@@ -7,8 +7,8 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -130,7 +130,12 @@ def make_model_card(facts: CardFacts, report: SlimReport, *, repo_id: str, title
         facts=facts,
         auto_class="" if title else facts.auto_class,
         rows=list(_list_rows(facts, report)),
-        settings=[(key, _format_setting(value)) for key, value in facts.provenance.settings.items()],
+        settings=[
+            (escape_code(key), escape_code(json.dumps(value))) for key, value in facts.provenance.settings.items()
+        ],
+        metrics=[(escape_text(name), f"{value:.4f}") for name, value in facts.provenance.metrics.items()],
+        structures=[(escape_code(s.name), s.kind, s.before, s.after) for s in report.structures],
+        escape=escape_text,
         hf_slim="hf_slim" if REPOSITORY is None else f"[hf_slim]({REPOSITORY})",
         install=find_install_command(),
         picture=PICTURE,
@@ -176,7 +181,7 @@ def _list_results(facts: CardFacts) -> list[EvalResult]:
             dataset_name=data.repo_id if data else "Unknown",
             dataset_config=data.config if data else None,
             dataset_split=data.split if data else None,
-            metric_type=name.removeprefix("eval_"),
+            metric_type=" ".join(name.removeprefix("eval_").split()),
             metric_value=float(value),
         )
         for name, value in facts.provenance.metrics.items()
@@ -190,8 +195,31 @@ def _list_rows(facts: CardFacts, report: SlimReport) -> Iterator[tuple[str, ...]
         yield name, format(before, spec), format(after, spec), f"{after / before - 1:+.0%}"
     for name, after in facts.provenance.metrics.items():
         if name in facts.metrics_before:
-            yield name, f"{facts.metrics_before[name]:.4f}", f"{after:.4f}", ""
+            yield escape_text(name), f"{facts.metrics_before[name]:.4f}", f"{after:.4f}", ""
 
 
-def _format_setting(value: Any) -> str:
-    return f"`{json.dumps(value)}`".replace("|", "\\|")
+def escape_text(text: str) -> str:
+    """A text as a line of Markdown that shows it, also in the cell of a table.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        It on one line, without what would be markup.
+    """
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def escape_code(text: str) -> str:
+    """The same as code, in which only the end of the code and of the cell mean something.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The code, with its backticks.
+    """
+    line = " ".join(text.split()).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{line}{space}{fence}"

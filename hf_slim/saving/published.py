@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from .card_facts import is_number
 from .hub_upload import check_keywords, push_folder
 from .model_card import CARD, rename_in_card, write_model_card
 from .saved_report import REPORT, read_report, write_report
@@ -75,15 +75,20 @@ def renew_card(
         ValueError: If the folder holds no slim model, or a result is no number; nothing is written.
     """
     for name, value in [*(metrics or {}).items(), *(metrics_before or {}).items()]:
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if not is_number(value):
             raise ValueError(f"metrics: {name} must be a number, got {value!r}.")
     path = Path(folder).resolve()
     saved = read_report(path)
     facts = saved.facts
     if metrics is not None:
-        facts = replace(facts, provenance=replace(facts.provenance, metrics=dict(metrics)))
+        facts = replace(facts, provenance=replace(facts.provenance, metrics=_to_floats(metrics)))
     if metrics_before is not None:
-        facts = replace(facts, metrics_before=dict(metrics_before))
+        facts = replace(facts, metrics_before=_to_floats(metrics_before))
     saved = saved._replace(facts=facts)
     write_report(path, saved)
     return write_model_card(facts, saved.report, path, saved.name)
+
+
+def _to_floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of whatever library as plain ones, which JSON can hold."""
+    return {name: float(value) for name, value in metrics.items()}

@@ -42,7 +42,7 @@ from ..proof import check_verify
 from ..structures import REMEDY, Masks, count_left, has_adapters
 from ..training import Slimmer, SlimTrainerCallback, find_slimmer
 from .atomic_folder import check_folder
-from .card_facts import Provenance, find_settings
+from .card_facts import Provenance, find_settings, is_number
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .layer_bars import StructureSize
 from .model_folder import write_folder
@@ -304,5 +304,6 @@ def _metrics(trainer: Trainer | None) -> dict[str, float]:
         found = {key: value for key, value in entry.items() if key.startswith("eval_")}
         if found:
             timings = ("_runtime", "_per_second")
-            return {key: value for key, value in found.items() if not key.endswith(timings)}
+            numbers = {key: value for key, value in found.items() if not key.endswith(timings)}
+            return {key: float(value) for key, value in numbers.items() if is_number(value)}
     return {}

@@ -80,8 +80,9 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
 
     xs = [bar.x for bar in panel.bars]
     dense = [bar.before for bar in panel.bars]
-    outline = {"facecolor": (*to_rgb(INK), OUTLINE.fill), "edgecolor": (*to_rgb(INK), OUTLINE.edge)}
-    ax.bar(xs, dense, BAR, linewidth=panel.line * 0.72, **outline)  # in points, of which an inch has 72
+    fill, edge = ((*to_rgb(INK), opacity) for opacity in OUTLINE)
+    points = panel.line * 0.72  # of which an inch has 72
+    ax.bar(xs, dense, BAR, facecolor=fill, edgecolor=edge, linewidth=points)
     ax.bar(xs, [bar.after for bar in panel.bars], BAR, color=COLORS[panel.kind])
     ax.set_title(panel.title, loc="left", fontsize=10, color=INK)
     ax.set_xlim(panel.start, panel.end)

@@ -46,7 +46,7 @@ def write_report(folder: Path, saved: SavedReport) -> None:
         "files": [str(path) for path in saved.files],
     }
     written = folder / f".{REPORT}.written"
-    written.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    written.write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     written.replace(folder / REPORT)
 
 

@@ -1,5 +1,8 @@
 """GGUF files of slim models hold the sizes and weights of every layer; what llama.cpp cannot compute is refused."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +55,27 @@ def test_a_file_has_the_sizes_of_every_layer(family, tmp_path):
     assert fields["tokenizer.ggml.model"] == "gpt2"
     assert len(fields["tokenizer.ggml.tokens"]) == 257
     assert sorted(path.name for path in tmp_path.iterdir()) == ["slim", "slim.gguf"]
+
+
+def test_a_file_beside_it_of_whatever_name_stays(tmp_path, monkeypatch):
+    """Also where writing fails, which leaves nothing else."""
+
+    class Writer:
+        def __init__(self, path, architecture):
+            self.path = path
+
+        def __getattr__(self, name):
+            return lambda *values: self.path.write_text("GGUF new")
+
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFWriter=Writer))
+    build_way_model("Llama", "uniform").save_pretrained(tmp_path / "slim")
+    (tmp_path / "slim.gguf.part").write_text("mine")
+    assert export_gguf(tmp_path / "slim", tmp_path / "slim.gguf").read_text() == "GGUF new"
+    monkeypatch.setattr(Writer, "write_kv_data_to_file", lambda self: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        export_gguf(tmp_path / "slim", tmp_path / "slim.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slim", "slim.gguf", "slim.gguf.part"]
+    assert (tmp_path / "slim.gguf.part").read_text() == "mine" and (tmp_path / "slim.gguf").read_text() == "GGUF new"
 
 
 def test_layers_of_one_size_are_a_llama_without_a_tokenizer_too(tmp_path):

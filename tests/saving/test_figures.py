@@ -40,6 +40,22 @@ def test_a_report_is_plotted_with_the_dense_outline_behind_it():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("count", [1, 12, 13])
+def test_twelve_layers_fill_the_width_and_fewer_are_no_wider(count):
+    sizes = tuple(StructureSize(f"layers.{n}.mlp", "ffn", 64, 32) for n in range(count))
+    (ax,) = SlimReport(2, 1, 8, 4, sizes).plot().axes
+    assert ax.get_xlim() == (-0.5, max(count, 12) - 0.5)
+    bars = sorted((bar.get_x(), bar.get_width()) for bar in ax.patches)
+    assert bars[0] == pytest.approx((-0.39, 0.78)) and bars[-1][0] == pytest.approx(count - 1.39)
+
+
+def test_without_structures_there_is_nothing_to_plot():
+    with pytest.raises(
+        ValueError, match="^SlimReport.plot: the report has no structures, so there is nothing to plot"
+    ):
+        SlimReport(2, 1, 8, 4, ()).plot()
+
+
 def test_loss_and_sparsity_are_plotted_over_the_steps():
     top, bottom = plot_training(LOG).axes
     assert curves(top) == {"training loss": [[2, 3], [4, 2], [6, 1]], "evaluation loss": [[4, 2.5]]}

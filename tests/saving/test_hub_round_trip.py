@@ -130,6 +130,20 @@ def test_what_a_trainer_pushes_comes_back(run, load, hub, tmp_path):
         assert load("me/trained", "theirs", library=library)[0][0] == size
 
 
+def test_what_a_trainer_pushes_takes_the_place_of_a_slim_model(run, hub, tmp_path):
+    """What `save_slimmed` left is of other weights: on the Hub and in the trainer's own folder."""
+    stale = {"slim_report.json": b"old", "hf_slim_layers.svg": b"old"}
+    hub.add_repository("me/trained", stale | {"notes.md": b"theirs"}, private=True)
+    (tmp_path / "out").mkdir()
+    for name, content in stale.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    run(TRAIN, tmp_path / "out")
+    files = hub.files("me/trained")
+    assert "model.safetensors" in files and files["notes.md"] == b"theirs" and not files.keys() & stale.keys()
+    assert len(hub.repositories["me/trained"].branches["main"]) == 2  # in the commit that brings the new ones
+    assert all((tmp_path / "out" / name).read_bytes() == b"old" for name in stale)
+
+
 def test_a_revision_is_apart_from_the_main_branch(run, load, hub, tmp_path):
     keywords = "repo_id='me/slim-bert'"
     run(SAVE.format(model="", keywords=keywords), tmp_path / "one")

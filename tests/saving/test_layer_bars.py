@@ -16,6 +16,12 @@ def test_each_kind_has_a_panel_with_a_bar_for_each_structure():
     assert mha.title == "attention: heads or key-value groups (9 of 10 kept, 90%)"
 
 
+def test_a_panel_has_room_for_twelve_bars_and_its_outlines_grow_thin():
+    for count, end, line in ((2, 11.5, 0.8), (12, 11.5, 0.8), (80, 79.5, 0.3)):
+        (panel,) = lay_out_bars(sizes("layers.{}.mlp", count))
+        assert (panel.start, panel.end, panel.line) == (-0.5, end, line)
+
+
 def test_stacks_are_groups_named_by_what_sets_them_apart():
     structures = [
         *sizes("encoder.block.{}.layer.0.SelfAttention.o", 2, "mha"),

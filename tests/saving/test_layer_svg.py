@@ -30,6 +30,16 @@ def test_bars_are_as_high_as_units_are_kept_within_the_outline_of_what_there_was
     ]
 
 
+def test_twelve_bars_fill_the_width():
+    structures = [StructureSize(f"layers.{n}.mlp", "ffn", 4, 2) for n in range(12)]
+    for count in (12, 1):
+        root = ElementTree.fromstring(draw_layers(structures[:count]))
+        bars = [(bar.get("x"), bar.get("width")) for bar in root.iter(f"{SVG}rect")]
+        step = (830 - 56) / 12
+        assert bars[0] == bars[1] == (f"{56 + 0.11 * step:.1f}", f"{0.78 * step:.1f}")
+        assert bars[-1][0] == f"{56 + (count - 1 + 0.11) * step:.1f}"
+
+
 def test_names_are_escaped():
     ElementTree.fromstring(draw_layers([StructureSize("<&'>.mlp", "ffn", 2, 1), StructureSize("b.mlp", "ffn", 2, 1)]))
 

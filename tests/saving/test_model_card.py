@@ -147,6 +147,43 @@ def test_what_was_counted_timed_and_evaluated_on_both_stands_side_by_side():
     assert "latency" not in counted
 
 
+def test_names_and_numbers_that_are_markup_or_no_number(tmp_path):
+    """The tables have as many cells as their heads, and the metadata are what was given."""
+    odd = "eval_a|b\n---\n[c](x) <d> `e`"
+    metrics = {odd: 0.5, "eval_none": float("nan"), "eval_inf": float("-inf")}
+    data = DataName("me/odd", "one | two\n---\nthree", "x: [y")
+    report = replace(REPORT, structures=(StructureSize("a|`b`\nc", "ffn", 2, 1),), missing="It <has> a | and\n*none*.")
+    facts = replace(
+        _find_facts(metrics=metrics, datasets=(data,), evaluated_on=data, settings={"a|b": "`c`\n|"}),
+        metrics_before=metrics,
+    )
+    write_model_card(facts, report, tmp_path, "me/slim-x")
+    card = ModelCard.load(tmp_path / "README.md")
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "a|b --- [c](x) <d> `e`", "value": 0.5}]
+    assert (result["dataset"]["config"], result["dataset"]["split"]) == ("one | two\n---\nthree", "x: [y")
+    shown = r"eval_a\|b --- \[c\](x) &lt;d&gt; \`e\`"
+    for line in (
+        f"| {shown} | 0.5000 | 0.5000 |  |",
+        "| eval_none | nan | nan |  |",
+        f"| {shown} | 0.5000 |",
+        "| eval_inf | -inf |",
+        r'| `a\|b` | `` "`c`\n\|" `` |',
+        r"| `` a\|`b` c `` | ffn | 2 | 1 |",
+        r"It &lt;has&gt; a \| and \*none\*.",
+    ):
+        assert f"\n{line}\n" in card.text, line
+
+
+def test_what_is_no_number_goes_through_json():
+    facts = _find_facts(metrics={"eval_a": float("nan"), "eval_b": 1})
+    facts = replace(facts, metrics_before={"eval_a": float("inf")})
+    stored = json.loads(json.dumps(facts.to_dict(), allow_nan=False))
+    assert stored["provenance"]["metrics"] == {"eval_a": "nan", "eval_b": 1}
+    found = CardFacts.from_dict(stored)
+    assert str(found) == str(facts)  # a NaN is not equal to itself
+
+
 def test_the_settings_are_those_that_were_given():
     config = SlimConfig(ffn2_sparsity=0.5, slim_exclude=["layer.0|1"], slim_round_to=32)
     settings = find_settings(asdict(config))

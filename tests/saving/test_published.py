@@ -2,6 +2,7 @@
 
 import json
 
+import numpy
 import pytest
 from sparse_models import masked
 
@@ -63,6 +64,15 @@ def test_what_was_saved_is_pushed_and_nothing_else(saved, worker, hub):
     assert done.stdout == f"{hub.address}/me/slim-bert/discussions/1\n", done.stderr[-3000:]
 
 
+def test_numbers_of_other_libraries_are_numbers(saved):
+    folder, _ = saved
+    renew_card(folder, metrics={"eval_f1": numpy.float32(0.5)}, metrics_before={"eval_f1": float("nan")})
+    assert "| eval_f1 | nan | 0.5000 |  |" in (folder / "README.md").read_text()
+    text = (folder / "slim_report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["card"]["metrics_before"] == {"eval_f1": "nan"}
+    renew_card(folder, metrics={}, metrics_before={})
+
+
 @pytest.mark.parametrize("keyword", ["metrics", "metrics_before"])
 def test_a_metric_that_is_no_number_is_refused_and_the_folder_stays(saved, keyword):
     folder, _ = saved
@@ -100,6 +110,8 @@ def test_bad_names_and_missing_files_are_refused_before_anything_is_sent(tmp_pat
     folder = tmp_path / "slim"
     save_slimmed(masked(), folder, verify=False)
     assert json.loads((folder / "slim_report.json").read_text())["report"]["flops_before"] is None
+    why = "Operations and latency are not known: nothing was run (verify=False)."
+    assert f"\n{why}\n" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="Repo id must"):
         push_slimmed(folder, "a/b/c")
     with pytest.raises(TypeError, match="unexpected keyword argument 'branch'"):

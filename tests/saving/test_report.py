@@ -177,3 +177,22 @@ def test_a_table_is_as_wide_as_its_cells_and_shows_them_as_they_are(monkeypatch)
         f"{'x' * 200}              -",
     ]
     assert render_table([("a", "b"), ("1", "long"), ("22", "")], left=2) == "a   b\n--------\n1   long\n22"
+
+
+def test_a_report_is_read_from_the_whole_file_or_refused() -> None:
+    whole = {"version": 1, "name": "slim", "report": WHOLE.to_dict(), "card": {}, "files": []}
+    assert SlimReport.from_dict(whole) == WHOLE
+    lacking = "parameters_before, parameters_after, bytes_before, bytes_after, structures"
+    for given, what in (({"version": 1}, f"lacks {lacking}"), ({"report": 3}, "is a int"), ([], "is a list")):
+        with pytest.raises(ValueError, match=f"takes what to_dict gave, or the content of .*json; this {what}"):
+            SlimReport.from_dict(given)
+    with pytest.raises(ValueError, match="is no report of this version: .* unexpected keyword argument 'more'"):
+        SlimReport.from_dict(WHOLE.to_dict() | {"more": 1})
+    with pytest.raises(ValueError, match="is no report of this version: .* 'wide'"):
+        SlimReport.from_dict(WHOLE.to_dict() | {"structures": [{"wide": 1}]})
+
+
+def test_a_notebook_says_which_costs_are_not_known() -> None:
+    why = "The latency is not known: <it> took long."
+    assert "<p>The latency is not known: &lt;it&gt; took long.</p>" in replace(WHOLE, missing=why)._repr_html_()
+    assert SlimReport.from_dict(replace(WHOLE, missing=why).to_dict()).missing == why

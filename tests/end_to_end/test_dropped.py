@@ -382,7 +382,7 @@ def test_a_model_that_is_made_smaller_after_training_is_left_alone(tmp_path, tol
     first = save_slimmed(trainer, tmp_path / "one", inplace=True)
     before = weights(trainer.model)
     second = save_slimmed(trainer, tmp_path / "two")
-    assert second.parameters_before == second.parameters_after == first.parameters_after
+    assert (second.parameters_before, second.parameters_after) == (first.parameters_before, first.parameters_after)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
     assert not [message for message in told if "come back" in message]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
+from argparse import SUPPRESS, Action
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -31,12 +32,21 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_flags(flags: Sequence[str], kinds: Kinds) -> tuple[Any, ...]:
-    """Read flags, or the .json file of them that stands alone.
+class _GivenParser(_Parser):
+    """One that gives only what was given: the dataclasses have the defaults."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> Action:
+        """Add a flag that can be left out."""
+        return super().add_argument(*names, **(settings | {"required": False, "default": SUPPRESS}))
+
+
+def parse_flags(flags: Sequence[str], kinds: Kinds, defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+    """Read flags, or a .json file of them and then flags, which win over the file.
 
     Args:
         flags: The words after the subcommand.
         kinds: What they are fields of.
+        defaults: Values of flags that are not given, in place of the fields' own.
 
     Returns:
         An instance of each of the dataclasses.
@@ -44,14 +54,37 @@ def parse_flags(flags: Sequence[str], kinds: Kinds) -> tuple[Any, ...]:
     Raises:
         ValueError: If a flag or a key is unknown (the message names the nearest one), is missing, or has a bad value.
     """
-    parser = _Parser(kinds.values(), add_help=False)
-    if len(flags) == 1 and flags[0].endswith(".json"):
-        return _parse_file(Path(flags[0]), parser, kinds)
-    _refuse_unknown([word for word in parser.parse_known_args(flags)[1]], kinds)
+    values = dict(defaults or {}) | read_flags(flags, kinds)
+    path = _find_file(flags)
+    needed = [field.name for kind in kinds.values() for field in _list_fields(kind) if _is_needed(field)]
+    missing = [name for name in needed if values.get(name) is None]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}." if path else f"--{' and --'.join(missing)} must be given.")
     try:
-        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return _Parser(kinds.values(), add_help=False).parse_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{path}: {error}" if len(flags) == 1 and path else str(error)) from error
+
+
+def read_flags(flags: Sequence[str], kinds: Kinds) -> dict[str, Any]:
+    """Read the values that flags, and the .json file before them, give.
+
+    Args:
+        flags: The words after the subcommand.
+        kinds: What they are fields of.
+
+    Returns:
+        The values of the flags that are given, by name.
+
+    Raises:
+        ValueError: As for `parse_flags`, but for what is missing.
+    """
+    parser = _GivenParser(kinds.values(), add_help=False)
+    path = _find_file(flags)
+    values = {} if path is None else _read_file(path, parser, kinds)
+    given, unknown = parser.parse_known_args(flags if path is None else flags[1:])
+    _refuse_unknown(unknown, kinds)
+    return values | vars(given)
 
 
 def describe_flags(prog: str, does: str, kinds: Kinds) -> str:
@@ -66,7 +99,7 @@ def describe_flags(prog: str, does: str, kinds: Kinds) -> str:
         The text, at most 50 lines of 100 columns.
     """
     ours = {name: [_describe(field, kind) for field in _list_fields(kind, ours=True)] for name, kind in kinds.items()}
-    first = [f"Usage: {prog} FLAGS, or {prog} FILE.json, which holds them", *textwrap.wrap(does, _WIDTH)]
+    first = [f"Usage: {prog} FLAGS, or {prog} FILE.json FLAGS: a file of flags, and those that differ", *textwrap.wrap(does, _WIDTH)]
     last = []
     if any(issubclass(kind, TrainingArguments) for kind in kinds.values()):
         names = ", ".join(f"--{name}" for name in _MOST_USED)
@@ -94,7 +127,12 @@ def describe_all_flags(prog: str, does: str, kinds: Kinds) -> str:
     return parser.format_help()
 
 
-def _parse_file(path: Path, parser: HfArgumentParser, kinds: Kinds) -> tuple[Any, ...]:
+def _find_file(flags: Sequence[str]) -> Path | None:
+    """The file that holds flags; it comes before all others."""
+    return Path(flags[0]) if flags and flags[0].endswith(".json") else None
+
+
+def _read_file(path: Path, parser: HfArgumentParser, kinds: Kinds) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
@@ -103,25 +141,43 @@ def _parse_file(path: Path, parser: HfArgumentParser, kinds: Kinds) -> tuple[Any
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object whose keys are flags, got a {type(content).__name__}.")
-    _refuse_unknown([f"--{key}" for key in content], kinds, known=_find_names(kinds))
-    missing = [field.name for kind in kinds.values() for field in _list_fields(kind) if _is_needed(field)]
-    missing = [name for name in missing if name not in content]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    names = {key: key.replace("-", "_") for key in content}
+    known = {field.name: field for kind in kinds.values() for field in _list_fields(kind)}
+    _refuse_unknown([f"--{key}" for key, name in names.items() if name not in known], kinds)
+    twice = [key for key, name in names.items() if key != name and name in content]
+    if twice:
+        raise ValueError(f"{path} has both {twice[0]} and {names[twice[0]]}: leave one out.")
+    return {name: _read_value(path, known[name], content[key], parser) for key, name in names.items()}
+
+
+def _read_value(path: Path, field: Field[Any], value: Any, parser: HfArgumentParser) -> Any:
+    """What a file says, read as the same words after the flag."""
+    if value is None:
+        if field.default is None or field.name in _TRAINERS:
+            return None
+        raise ValueError(f"{path}: {field.name} is null; leave it out, or give a value.")
+    if isinstance(value, list):
+        words = [f"--{field.name}", *map(str, value)]
+    else:
+        words = [f"--{field.name}={json.dumps(value) if isinstance(value, dict) else value}"]
     try:
-        return parser.parse_dict(content)
-    except (TypeError, ValueError) as error:
+        given, unknown = parser.parse_known_args(words)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if unknown:
+        raise ValueError(f"{path}: {field.name} takes one value, got {value}.")
+    found = getattr(given, field.name)
+    return value if found == value else found
 
 
-def _refuse_unknown(words: Sequence[str], kinds: Kinds, known: Sequence[str] | None = None) -> None:
-    """Refuse the first of some words, but for flags that are known."""
-    unknown = [word for word in words if known is None or word[2:] not in known]
+def _refuse_unknown(unknown: Sequence[str], kinds: Kinds) -> None:
+    """Refuse the first of some words that the parser does not know."""
     if not unknown:
         return
     flag = next((word for word in unknown if word.startswith("--")), None)
     if flag is None:
-        raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one.")
+        hint = "; a file of flags comes before all flags" if unknown[0].endswith(".json") else ""
+        raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one{hint}.")
     name = flag[2:].partition("=")[0].replace("-", "_")
     nearest = difflib.get_close_matches(name, _find_names(kinds), 1, cutoff=0.5)
     hint = f": did you mean --{nearest[0]}?" if nearest else "; --help-all lists them."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -16,7 +15,7 @@ from ..arguments import SlimConfig, SlimTrainingArguments
 from .answers import Answer, answer
 from .data import DataArguments
 from .demo import demo_flags, write_demo
-from .flags import Kinds, describe_all_flags, describe_flags, parse_flags
+from .flags import Kinds, describe_all_flags, describe_flags, parse_flags, read_flags
 from .prune import PruneArguments, prune
 from .run import ModelArguments, run
 
@@ -80,11 +79,10 @@ def _bench(arguments: Any) -> Answer:
 
 def _parse_demo(flags: Sequence[str]) -> tuple[Any, ...]:
     """The arguments of the demo, whose files are written now."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir", default="hf_slim_demo")
-    known, rest = parser.parse_known_args(flags)
-    folder = Path(known.output_dir) / "data"
-    parsed = parse_flags([*demo_flags(folder), "--output_dir", known.output_dir, *rest], _RUN)
+    output_dir = read_flags(flags, _RUN).get("output_dir") or "hf_slim_demo"
+    folder = Path(output_dir) / "data"
+    defaults = read_flags(demo_flags(folder), _RUN) | {"output_dir": output_dir}
+    parsed = parse_flags(flags, _RUN, defaults)
     write_demo(folder)
     return parsed
 

@@ -46,7 +46,7 @@ def check_needed(command: str, flags: Sequence[str]) -> None:
         ValueError: If one is missing; the message names it.
     """
     words = [word for word in flags if word != "--json"]
-    is_file = len(words) == 1 and words[0].endswith(".json")
+    is_file = bool(words) and words[0].endswith(".json")  # which may hold what is missing here
     if command == "demo" or is_file or {"-h", "--help", "--help-all"} & set(words):  # the demo has all defaults
         return
     given = [word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]

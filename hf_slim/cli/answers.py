@@ -43,6 +43,13 @@ def answer(work: Callable[[], Any], as_json: bool) -> int:
     return 0
 
 
+def let_stderr_go() -> None:
+    """Print what the command holds back on stderr, and from now on all at once: what follows is no mistake."""
+    release = getattr(sys.stderr, "release", None)  # of the command's door, which is installed a second time by itself
+    if release is not None:
+        release()
+
+
 def to_json(found: Any) -> Any:
     """Make what a subcommand found strict JSON.
 

@@ -1,4 +1,4 @@
-"""From the files of a run to tokenized data sets."""
+"""The files of a run as rows: columns of fixed names, the task, and every row checked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any, Literal
 
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
 
 Task = Literal["classification", "regression", "causal-lm"]
 
 _BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 _HELD_OUT = 0.1
-_JOINED = 10_000
 
 
 @dataclass
@@ -115,69 +113,6 @@ def load_text_data(arguments: DataArguments, *, seed: int = 42) -> TextData:
         splits = [parts["train"], parts["test"]]
     documents = Path(arguments.train_file).suffix != ".txt"
     return TextData(task, splits[0], splits[1], tuple(str(name) for name in known), documents)
-
-
-def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    """Tokenize the rows of a classification or regression.
-
-    Args:
-        rows: Columns `text`, `labels` and maybe `text_pair`.
-        tokenizer: The tokenizer.
-        max_seq_length: Tokens from which a row is cut.
-
-    Returns:
-        The model's inputs, of varying length, and `labels`.
-    """
-
-    def tokenize(batch: dict[str, list[str]]) -> Any:
-        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_seq_length)
-
-    texts = [name for name in rows.column_names if name != "labels"]
-    return rows.map(tokenize, batched=True, remove_columns=texts, desc="Tokenizing")
-
-
-def tokenize_chunks(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, documents: bool
-) -> Dataset:
-    """Tokenize text for a language model, join the rows and cut them into sequences of one length.
-
-    Args:
-        rows: Column `text`.
-        tokenizer: The tokenizer.
-        max_seq_length: Tokens of a sequence; what is left over at the end of every 10,000 rows is dropped.
-        documents: Whether to end each row with the tokenizer's end-of-sequence token, if it has one.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels`.
-
-    Raises:
-        ValueError: If the text is shorter than one sequence.
-    """
-    end = [tokenizer.eos_token_id] if documents and tokenizer.eos_token_id is not None else []
-
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [row + end for row in ids["input_ids"]]}
-
-    def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        tokens = [token for row in batch["input_ids"] for token in row]
-        starts = range(0, len(tokens) - max_seq_length + 1, max_seq_length)
-        chunks = [tokens[start : start + max_seq_length] for start in starts]
-        return {
-            "input_ids": chunks,
-            "attention_mask": [[1] * max_seq_length for _ in chunks],
-            "labels": [list(chunk) for chunk in chunks],
-        }
-
-    ids = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
-    chunks = ids.map(join, batched=True, batch_size=_JOINED, desc=f"Joining into sequences of {max_seq_length}")
-    if len(chunks) == 0:
-        tokens = sum(len(row) for row in ids["input_ids"])
-        raise ValueError(
-            f"A text of {tokens} tokens is too short for one sequence of max_seq_length={max_seq_length}: add text, "
-            "or make max_seq_length smaller."
-        )
-    return chunks
 
 
 def _check_file(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _OPINIONS = {
 _FURTHEST = 6
 _NOISE = 0.5  # standard deviation of the score, as of human raters
 _WORDS = ("the", "says", "is", *_PEOPLE, *_PARTS, *_OPINIONS)
+_VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS)
 _TRAIN_ROWS, _VALIDATION_ROWS = 4000, 500
 
 
@@ -48,18 +50,22 @@ def write_demo(folder: Path) -> None:
 
     Args:
         folder: Gets `train.csv`, `validation.csv`, `vocab.txt` and `config.json`; made if it is not there.
+
+    Raises:
+        ValueError: If files of these names are there that the demo did not write.
     """
+    texts = _make_texts()
+    there = [name for name in texts if (folder / name).exists()]
+    changed = [name for name in there if (folder / name).read_bytes() != texts[name].encode()]
+    if (folder / "config.json").exists() and len(there) < len(texts):
+        changed.append("config.json")
+    if changed:
+        raise ValueError(f"{folder / changed[0]} is there and is not the demo's: name another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
-    for name, rows in (("train", _TRAIN_ROWS), ("validation", _VALIDATION_ROWS)):
-        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("sentence1", "sentence2", "score"))
-            writer.writerows(_make_pair(generator) for _ in range(rows))
-    vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
     BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(_VOCABULARY),
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -69,6 +75,19 @@ def write_demo(folder: Path) -> None:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.05,
     ).to_json_file(folder / "config.json", use_diff=False)
+
+
+def _make_texts() -> dict[str, str]:
+    """What the files hold, by their names."""
+    texts = {"vocab.txt": "\n".join(_VOCABULARY) + "\n"}
+    generator = random.Random(0)
+    for name, rows in (("train.csv", _TRAIN_ROWS), ("validation.csv", _VALIDATION_ROWS)):
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(("sentence1", "sentence2", "score"))
+        writer.writerows(_make_pair(generator) for _ in range(rows))
+        texts[name] = file.getvalue()
+    return texts
 
 
 def _make_pair(generator: random.Random) -> tuple[str, str, float]:

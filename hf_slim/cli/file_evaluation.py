@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 
-from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
+from .data import DataArguments, Task, TextData, load_text_data
+from .sequences import check_length, find_collator, tokenize
 from .task_metrics import evaluate_task, make_compute_metrics
 
 
@@ -41,7 +40,7 @@ class FileData:
     @property
     def collator(self) -> Any:
         """What makes a batch of rows."""
-        return default_data_collator if self.task == "causal-lm" else DataCollatorWithPadding(self.tokenizer)
+        return find_collator(self.task, self.tokenizer)
 
     def make_batch(self, size: int) -> dict[str, torch.Tensor]:
         """The first rows, without labels.
@@ -74,16 +73,9 @@ def load_file_data(arguments: DataArguments, model: PreTrainedModel, tokenizer: 
     arguments.task = find_task(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and arguments.max_seq_length > positions:
-        raise ValueError(
-            f"--max_seq_length {arguments.max_seq_length} is more than the model takes, {positions}: make it smaller."
-        )
+    check_length(model.config, tokenizer, arguments.max_seq_length)
     data = load_text_data(arguments)
-    if data.task == "causal-lm":
-        rows = tokenize_chunks(data.validation, tokenizer, arguments.max_seq_length, documents=data.documents)
-    else:
-        rows = tokenize_pairs(_number_labels(data, model.config), tokenizer, arguments.max_seq_length)
+    rows = tokenize(data, _number_labels(data, model.config), tokenizer, arguments.max_seq_length)
     return FileData(data.task, rows, tokenizer)
 
 

@@ -59,7 +59,9 @@ def parse_flags(flags: Sequence[str], kinds: Kinds, defaults: Mapping[str, Any] 
     needed = [field.name for kind in kinds.values() for field in _list_fields(kind) if _is_needed(field)]
     missing = [name for name in needed if values.get(name) is None]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}." if path else f"--{' and --'.join(missing)} must be given.")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}." if path else f"--{' and --'.join(missing)} must be given."
+        )
     try:
         return _Parser(kinds.values(), add_help=False).parse_dict(values)
     except (TypeError, ValueError) as error:
@@ -99,7 +101,10 @@ def describe_flags(prog: str, does: str, kinds: Kinds) -> str:
         The text, at most 50 lines of 100 columns.
     """
     ours = {name: [_describe(field, kind) for field in _list_fields(kind, ours=True)] for name, kind in kinds.items()}
-    first = [f"Usage: {prog} FLAGS, or {prog} FILE.json FLAGS: a file of flags, and those that differ", *textwrap.wrap(does, _WIDTH)]
+    first = [
+        f"Usage: {prog} FLAGS, or {prog} FILE.json FLAGS: a file of flags, and those that differ",
+        *textwrap.wrap(does, _WIDTH),
+    ]
     last = []
     if any(issubclass(kind, TrainingArguments) for kind in kinds.values()):
         names = ", ".join(f"--{name}" for name in _MOST_USED)

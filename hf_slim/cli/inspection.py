@@ -56,8 +56,8 @@ class InspectArguments:
     """
 
     model: str
-    ffn2_sparsity: float = 0.0
-    mha_sparsity: float = 0.0
+    ffn2_sparsity: float = SlimConfig.ffn2_sparsity
+    mha_sparsity: float = SlimConfig.mha_sparsity
     slim_target_params: float | str | None = None
     slim_target_flops: float | str | None = None
     slim_round_to: int = SlimConfig.slim_round_to

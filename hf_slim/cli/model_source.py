@@ -108,10 +108,35 @@ def load_model(name: str) -> PreTrainedModel:
             f"The config of {name} names {'no class' if named is None else f'the class {named}'}, which transformers "
             "does not have: load the model by its own class and call save_slimmed."
         )
+    return load_weights(kind, name)
+
+
+def load_weights(kind: Any, name: str, **keywords: Any) -> PreTrainedModel:
+    """Load a model by a class that is known.
+
+    Args:
+        kind: The class, or an Auto class.
+        name: A Hub name or a folder.
+        keywords: For `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If there are no weights, or they do not fit; the message is one line and names the first.
+    """
     try:
-        return kind.from_pretrained(name)
+        model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **keywords)
     except (*RUN_ERRORS, OSError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{name} cannot be loaded as {kind.__name__}: {_in_one_line(error)}") from error
+    if found["mismatched_keys"]:
+        key, saved, needed = min(found["mismatched_keys"])
+        says = "the config with the labels of the data says" if "config" in keywords else "its config says"
+        raise ValueError(
+            f"{name} cannot be loaded as {type(model).__name__}: {key} is {tuple(saved)} in its weights, and {says} "
+            f"{tuple(needed)}."
+        )
+    return model
 
 
 def check_place(argument: str, name: str | None) -> None:

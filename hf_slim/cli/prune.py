@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from ..arguments import SlimConfig
 from ..one_shot import MethodName, slim
 from ..saving import SlimReport, check_folder, save_slimmed
-from .data import DataArguments, TextData, load_text_data, tokenize_chunks, tokenize_pairs
-from .model_source import check_place
+from .data import DataArguments, load_text_data
+from .model_source import check_place, load_weights
+from .sequences import check_length, find_collator, tokenize
 from .tokenizer import load_tokenizer
 
 
@@ -61,16 +55,16 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         check_place(f"--{flag}", getattr(arguments, flag))
     rows = load_text_data(data_arguments, seed=arguments.seed)
     tokenizer = _load_tokenizer(arguments)
-    is_language_model = rows.task == "causal-lm"
-    kind = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
-    model = kind.from_pretrained(arguments.model_name_or_path)
+    kind = AutoModelForCausalLM if rows.task == "causal-lm" else AutoModelForSequenceClassification
+    model = load_weights(kind, arguments.model_name_or_path)
+    check_length(model.config, tokenizer, data_arguments.max_seq_length)
     slim(
         model,
-        _tokenize(rows, tokenizer, data_arguments.max_seq_length).shuffle(seed=arguments.seed),
+        tokenize(rows, rows.train, tokenizer, data_arguments.max_seq_length).shuffle(seed=arguments.seed),
         config,
         num_calibration_samples=arguments.num_calibration_samples,
         batch_size=arguments.batch_size,
-        data_collator=default_data_collator if is_language_model else DataCollatorWithPadding(tokenizer),
+        data_collator=find_collator(rows.task, tokenizer),
         method=arguments.method,
     )
     return save_slimmed(model, folder, processing_class=tokenizer)
@@ -81,9 +75,3 @@ def _load_tokenizer(arguments: PruneArguments) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _tokenize(rows: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    if rows.task == "causal-lm":
-        return tokenize_chunks(rows.train, tokenizer, max_seq_length, documents=rows.documents)
-    return tokenize_pairs(rows.train, tokenizer, max_seq_length)

@@ -15,11 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    default_data_collator,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
@@ -38,8 +36,10 @@ from ..saving import (
 )
 from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
 from .comparison import Comparison, ModelFigures
-from .data import DataArguments, Task, TextData, load_text_data, tokenize_chunks, tokenize_pairs
-from .model_source import check_place
+from .data import DataArguments, Task, TextData, load_text_data
+from .model_source import check_place, load_weights
+from .sequences import check_length, find_collator, tokenize
+from .start import Start
 from .task_metrics import evaluate_task as _evaluate
 from .task_metrics import make_compute_metrics
 from .tokenizer import load_tokenizer, make_byte_tokenizer
@@ -83,7 +83,10 @@ class _Setup:
 
 
 def run(
-    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: SlimTrainingArguments
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: SlimTrainingArguments,
+    start: Start,
 ) -> Comparison:
     """Train a model slimmed and then dense, save the slim one, and compare them.
 
@@ -97,6 +100,7 @@ def run(
         model_arguments: Where the model comes from.
         data_arguments: What to train and evaluate on.
         training_arguments: How to train and how much to remove.
+        start: Is over with the first step of a training.
 
     Returns:
         The figures of the dense, the masked and the slimmed model; none of a masked one if dropped units left the
@@ -112,10 +116,10 @@ def run(
     slim_model = output_dir / "slim"
 
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
-    dense = _train_dense(setup, training_arguments, 1) if training_arguments.slim_teacher == "dense" else None
+    dense = _train_dense(setup, training_arguments, 1, start) if training_arguments.slim_teacher == "dense" else None
     teacher = None if dense is None else dense.model
     trainer = _make_slim_trainer(setup, training_arguments, _make_model(setup, training_arguments), teacher)
-    _train(trainer, 1 if dense is None else 2)
+    _train(trainer, 1 if dense is None else 2, start)
     metrics, models = {}, {}
     if find_shape(trainer.model) is None:
         metrics["masked"], models["masked"] = _evaluate(trainer, setup.task), trainer.model
@@ -125,7 +129,7 @@ def run(
     trainer = _make_trainer(setup, training_arguments, "slimmed", loaded)
     metrics["slimmed"], models["slimmed"] = _evaluate(trainer, setup.task), trainer.model
 
-    trainer = dense or _train_dense(setup, training_arguments, 2)
+    trainer = dense or _train_dense(setup, training_arguments, 2, start)
     metrics["dense"], models["dense"] = _evaluate(trainer, setup.task), trainer.model
 
     batch = dict(next(iter(trainer.get_eval_dataloader())))
@@ -181,16 +185,11 @@ def _prepare(model: ModelArguments, data: DataArguments, seed: int) -> _Setup:
     tokenizer, is_made = _find_tokenizer(model, rows.task)
     config = _load_config(model, rows)
     _fit(config, tokenizer, model, is_made=is_made)
-    _check_length(config, tokenizer, data.max_seq_length)
-
-    def tokenize(part: Dataset) -> Dataset:
-        if rows.task == "causal-lm":
-            return tokenize_chunks(part, tokenizer, data.max_seq_length, documents=rows.documents)
-        return tokenize_pairs(part, tokenizer, data.max_seq_length)
-
-    return _Setup(
-        rows.task, config, model.model_name_or_path, tokenizer, tokenize(rows.train), tokenize(rows.validation)
+    tokenizer.model_max_length = check_length(config, tokenizer, data.max_seq_length)
+    train, validation = (
+        tokenize(rows, part, tokenizer, data.max_seq_length) for part in (rows.train, rows.validation)
     )
+    return _Setup(rows.task, config, model.model_name_or_path, tokenizer, train, validation)
 
 
 def _find_tokenizer(model: ModelArguments, task: Task) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -240,16 +239,6 @@ def _fit(config: Any, tokenizer: PreTrainedTokenizerBase, model: ModelArguments,
         text_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _check_length(config: Any, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if max_seq_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"--max_seq_length {max_seq_length} is more than the model takes, {tokenizer.model_max_length}: make it "
-            "smaller, or choose another model or config."
-        )
-
-
 def _auto_class(task: Task) -> Any:
     return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
 
@@ -259,7 +248,7 @@ def _make_model(setup: _Setup, arguments: SlimTrainingArguments) -> PreTrainedMo
     config = copy.deepcopy(setup.config)
     if setup.weights is None:
         return _auto_class(setup.task).from_config(config)
-    return _auto_class(setup.task).from_pretrained(setup.weights, config=config)
+    return load_weights(_auto_class(setup.task), setup.weights, config=config)
 
 
 def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, model: PreTrainedModel) -> Trainer:
@@ -298,23 +287,23 @@ def _common(setup: _Setup, own: SlimTrainingArguments, part: str) -> dict[str, A
         "train_dataset": setup.train,
         "eval_dataset": setup.validation,
         "processing_class": setup.tokenizer,
-        "data_collator": (
-            default_data_collator if setup.task == "causal-lm" else DataCollatorWithPadding(setup.tokenizer)
-        ),
+        "data_collator": find_collator(setup.task, setup.tokenizer),
         "compute_metrics": make_compute_metrics(setup.task),
     }
 
 
-def _train_dense(setup: _Setup, arguments: SlimTrainingArguments, number: int) -> Trainer:
+def _train_dense(setup: _Setup, arguments: SlimTrainingArguments, number: int, start: Start) -> Trainer:
     trainer = _make_trainer(setup, arguments, "dense", _make_model(setup, arguments))
-    _train(trainer, number)
+    _train(trainer, number, start)
     return trainer
 
 
-def _train(trainer: Trainer, number: int) -> None:
+def _train(trainer: Trainer, number: int, start: Start) -> None:
     folder = trainer.args.output_dir
     if trainer.is_world_process_zero():
         print(f"Training {number} of 2: {Path(folder).name}", flush=True)
     has_begun = os.path.isdir(folder) and get_last_checkpoint(folder) is not None
     resume = find_whole_checkpoint(folder) if trainer.args.resume_from_checkpoint and has_begun else None
+    trainer.add_callback(start)
     trainer.train(resume_from_checkpoint=resume)
+    start.end()  # a training that was over is resumed without a step

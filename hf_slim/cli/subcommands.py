@@ -18,6 +18,7 @@ from .demo import demo_flags, write_demo
 from .flags import Kinds, describe_all_flags, describe_flags, parse_flags, read_flags
 from .prune import PruneArguments, prune
 from .run import ModelArguments, run
+from .start import Start
 
 _RUN: Kinds = {"Model": ModelArguments, "Data": DataArguments, "Slimming": SlimTrainingArguments}
 _PRUNE: Kinds = {"Model": PruneArguments, "Data": DataArguments, "Slimming": SlimConfig}
@@ -66,8 +67,13 @@ def _run(command: str, flags: Sequence[str], kinds: Kinds) -> Any:
     if command == "bench":
         return _bench(*parse_flags(flags, kinds))
     parsed = _parse_demo(flags) if command == "demo" else parse_flags(flags, kinds)
-    _set_up_logging(parsed[2])
-    return run(*parsed)
+    model, data, training = parsed
+    output_dir = Path(training.output_dir)
+    _set_up_logging(training)
+    with Start(output_dir) as start:
+        if command == "demo":
+            write_demo(output_dir / "data")
+        return run(model, data, training, start)
 
 
 def _bench(arguments: Any) -> Answer:
@@ -78,13 +84,10 @@ def _bench(arguments: Any) -> Answer:
 
 
 def _parse_demo(flags: Sequence[str]) -> tuple[Any, ...]:
-    """The arguments of the demo, whose files are written now."""
+    """The arguments of the demo, whose files are not written yet."""
     output_dir = read_flags(flags, _RUN).get("output_dir") or "hf_slim_demo"
-    folder = Path(output_dir) / "data"
-    defaults = read_flags(demo_flags(folder), _RUN) | {"output_dir": output_dir}
-    parsed = parse_flags(flags, _RUN, defaults)
-    write_demo(folder)
-    return parsed
+    defaults = read_flags(demo_flags(Path(output_dir) / "data"), _RUN) | {"output_dir": output_dir}
+    return parse_flags(flags, _RUN, defaults)
 
 
 def _set_up_logging(arguments: SlimTrainingArguments) -> None:

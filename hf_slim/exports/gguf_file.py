@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ _NAMES = {
 }
 """What GGUF calls the modules, those of a layer without its number."""
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+_ROUNDING = 1e-3
+"""What rounding to float16 may change of a tensor; it changes 0.0002 to 0.0005 where no number is small."""
+_ROWS = 1024
+"""Of a tensor that are compared at a time."""
 _SCALED = ("default", "linear", "llama3")
 """Kinds of rotary embedding whose frequencies are the same for all lengths."""
 
@@ -174,7 +179,8 @@ def convert_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
         The name in the file and the tensor: matrices in float16, vectors in float32.
 
     Raises:
-        ValueError: If a tensor has no place in the file, or has numbers that float16 cannot hold.
+        ValueError: If a tensor has no place in the file, or has numbers that are too large for float16, or so small
+            that the tensor would be further off than float16 is otherwise.
     """
     width = model.get_decoder().layers[0].self_attn.head_dim
     for name, tensor in model.state_dict().items():
@@ -185,15 +191,40 @@ def convert_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
             raise ValueError(f"{name} has no place in a GGUF file of a Llama: export the model without it.")
         if match[2] in _ROTATED:
             tensor = tensor.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
-        kind = torch.float16 if tensor.dim() == 2 else torch.float32
-        converted = tensor.detach().cpu().to(kind).contiguous()
-        if not converted.isfinite().all():
-            raise ValueError(f"{name} has numbers that float16 cannot hold (above 65504), so that no file is written.")
+        converted = _to_file(name, tensor.detach().cpu())
         layer = "" if match[1] is None else f"blk.{match[1]}."
         yield f"{layer}{_NAMES[match[2]]}.{match[3]}", converted
     factors = _find_rotary_factors(model)
     if (factors != 1).any():
         yield "rope_freqs.weight", factors
+
+
+def _to_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers as the file has them."""
+    kind = torch.float16 if tensor.dim() == 2 else torch.float32
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} has numbers that are not finite, so that no file is written.")
+    converted = tensor.to(kind).contiguous()
+    limits, what = torch.finfo(kind), f"that {str(kind).removeprefix('torch.')}"
+    if not converted.isfinite().all():
+        most = f"{limits.max:.6g}"
+        raise ValueError(f"{name} has numbers {what} cannot hold (above {most}), so that no file is written.")
+    lost = _measure_loss(converted, tensor)
+    if lost > _ROUNDING:
+        raise ValueError(
+            f"{name} has numbers so small {what} loses {100 * lost:.2g}% of the tensor (below "
+            f"{limits.smallest_normal:.1g} it has few digits), so that no file is written."
+        )
+    return converted
+
+
+def _measure_loss(converted: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of what is lost, as a fraction of that of a tensor; 0 for a tensor of zeros."""
+    off = norm = 0.0
+    for rows, exact_rows in zip(converted.split(_ROWS), exact.split(_ROWS), strict=True):
+        off += (rows.double() - exact_rows.double()).square().sum().item()
+        norm += exact_rows.double().square().sum().item()
+    return math.sqrt(off / norm) if norm else 0.0
 
 
 def _find_rotary_factors(model: PreTrainedModel) -> torch.Tensor:

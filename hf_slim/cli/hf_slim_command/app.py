@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from importlib.metadata import version
 from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from .flag_names import check_needed, find_flags
+from .flag_names import check_needed, find_flags, read_default
 
 Work = Callable[[], int]
 """What is left to do of a command; returns the exit status."""
@@ -31,6 +32,23 @@ app = typer.Typer(
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs, and nothing else.")]
 _Slim = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a slim model.", show_default=False)]
+
+
+def _print_versions(is_asked: bool) -> None:
+    """Print which versions are installed, and end; nothing is imported for it."""
+    if is_asked:
+        installed = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        typer.echo(f"hf-slim {version('hf-slim')} ({installed})")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    is_asked: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit."),
+    ] = False,
+) -> None: ...
 
 
 class _PassedOn(TyperCommand):
@@ -101,27 +119,46 @@ def _flag(name: str, says: str) -> Any:
     return typer.Option(*names, help=says, show_default=False)
 
 
+def _default(file: str, owner: str, name: str) -> str:
+    """The default of a flag, as its help names it."""
+    return f"default: {read_default(file, owner, name)}."
+
+
+_FIELDS = ("arguments/slim_fields.py", "SlimArgumentsMixin")
+
+
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub name, a folder or a .json file with a config.")],
-    ffn2_sparsity: Annotated[float, _flag("ffn2_sparsity", "Fraction of the intermediate channels to remove.")] = 0.0,
-    mha_sparsity: Annotated[float, _flag("mha_sparsity", "Fraction of the attention heads to remove.")] = 0.0,
+    ffn2_sparsity: Annotated[
+        float | None, _flag("ffn2_sparsity", "Fraction of the intermediate channels to remove.")
+    ] = None,
+    mha_sparsity: Annotated[float | None, _flag("mha_sparsity", "Fraction of the attention heads to remove.")] = None,
     slim_target_params: Annotated[
         str | None, _flag("slim_target_params", "In place of them a budget: parameters, a fraction or a number.")
     ] = None,
     slim_target_flops: Annotated[
         str | None, _flag("slim_target_flops", "The same for the operations of a forward pass.")
     ] = None,
-    slim_round_to: Annotated[int, _flag("slim_round_to", "Multiple for the channels that a layer keeps; 32.")] = 32,
-    slim_min_heads: Annotated[int, _flag("slim_min_heads", "Heads that every layer keeps; 1.")] = 1,
+    slim_round_to: Annotated[
+        int | None,
+        _flag("slim_round_to", f"Multiple for the channels of a layer; {_default(*_FIELDS, 'slim_round_to')}"),
+    ] = None,
+    slim_min_heads: Annotated[
+        int | None, _flag("slim_min_heads", f"Heads that every layer keeps; {_default(*_FIELDS, 'slim_min_heads')}")
+    ] = None,
     slim_exclude: Annotated[
         list[str] | None, _flag("slim_exclude", "Modules to leave alone; once for each pattern.")
     ] = None,
     as_json: _Json = False,
 ) -> Work:
     """Say from a config what can be slimmed and what would be left."""
-    flags = {name: value for name, value in locals().items() if name != "as_json"}
-    return _later("inspection", "inspect_model", as_json, "InspectArguments", **flags)
+    given = {name: value for name, value in locals().items() if name != "as_json" and value is not None}
+    return _later("inspection", "inspect_model", as_json, "InspectArguments", **given)
+
+
+_LENGTH = _default("cli/data.py", "DataArguments", "max_seq_length")
+_BATCH = _default("cli/model_comparison.py", "CompareArguments", "batch_size")
 
 
 @app.command()
@@ -136,13 +173,13 @@ def compare(
     ] = None,
     label_column: Annotated[str | None, _flag("label_column", "Column of the label.")] = None,
     tokenizer_name: Annotated[str | None, _flag("tokenizer_name", "Tokenizer, if not the model's.")] = None,
-    max_seq_length: Annotated[int, _flag("max_seq_length", "Tokens of a sequence; 128.")] = 128,
-    batch_size: Annotated[int, _flag("batch_size", "Rows of a forward pass; 8.")] = 8,
+    max_seq_length: Annotated[int | None, _flag("max_seq_length", f"Tokens of a sequence; {_LENGTH}")] = None,
+    batch_size: Annotated[int | None, _flag("batch_size", f"Rows of a forward pass; {_BATCH}")] = None,
     as_json: _Json = False,
 ) -> Work:
     """Set two models side by side: sizes, times, outputs, metrics."""
-    flags = {name: value for name, value in locals().items() if name != "as_json"}
-    return _later("model_comparison", "compare_models", as_json, "CompareArguments", **flags)
+    given = {name: value for name, value in locals().items() if name != "as_json" and value is not None}
+    return _later("model_comparison", "compare_models", as_json, "CompareArguments", **given)
 
 
 _passed_on("demo", "Train a small BERT on generated data: no files, no network.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import typer
 
 from .app import app
+from .held_stream import HeldStream
 from .mistakes import is_mistake, print_mistake
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # not every typer exports the class itself
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,17 +25,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the command's name; those of the process if not given.
 
     Returns:
-        The exit status: 0, or 2 after a mistake, which is named in one line on stderr.
+        The exit status: 0, or 2 after a mistake, which is all that is on stderr, in one line; as of a process that a
+        signal ends, 130 after Ctrl-C, and 141 where the reader of stdout has gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    prog = f"hf-slim {words[0]}" if words and not words[0].startswith("-") else "hf-slim"
+    held = HeldStream(sys.stderr)
     try:
-        found = app(args=words, prog_name="hf-slim", standalone_mode=False)
-        return found() if callable(found) else int(found or 0)
+        with contextlib.redirect_stderr(held):
+            found = app(args=words, prog_name="hf-slim", standalone_mode=False)
+            status = found() if callable(found) else int(found or 0)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        held.drop()
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        held.drop()
+        return _give_up_output()
     except Exception as error:
-        if isinstance(error, _UsageError):
-            usage: Any = error
-            prog = usage.ctx.command_path if usage.ctx is not None else f"hf-slim {words[0]}"
-            return print_mistake(prog, f"{usage.format_message()} See `{prog} --help`.")
-        if is_mistake(error):
-            return print_mistake(f"hf-slim {words[0]}", error)
+        mistake = _find_mistake(prog, error)
+        if mistake is None:
+            held.release()
+            raise
+        held.drop()
+        return print_mistake(*mistake)
+    except SystemExit as error:
+        held.release()
+        if isinstance(error.__context__, BrokenPipeError):  # typer's answer to a reader that has gone
+            return _give_up_output()
         raise
+    held.release()
+    return status
+
+
+def _find_mistake(prog: str, error: Exception) -> tuple[str, object] | None:
+    """The program and the message of a mistake; None for a bug."""
+    if isinstance(error, _UsageError):
+        usage: Any = error
+        prog = usage.ctx.command_path if usage.ctx is not None else prog
+        return prog, f"{usage.format_message()} See `{prog} --help`."
+    return (prog, error) if is_mistake(error) else None
+
+
+def _give_up_output() -> int:
+    """Print no more, since the reader of a pipe has gone, as `head` does; that is no mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return _BROKEN_PIPE

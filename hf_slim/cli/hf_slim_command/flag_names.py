@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,10 +30,24 @@ def find_flags(command: str) -> dict[str, bool]:
     Returns:
         For each name, without dashes, whether the flag has to be given.
     """
-    spec = find_spec("hf_slim")
-    assert spec is not None and spec.origin is not None
-    package = Path(spec.origin).parent
-    return {name: needed for file, owner in _CLASSES[command] for name, needed in _read(package / file, owner)}
+    found = (entry for file, owner in _CLASSES[command] for entry in _read(file, owner).items())
+    return {name: default is None for name, default in found}
+
+
+def read_default(file: str, owner: str, name: str) -> object:
+    """Read the default of a field off the source, for the help of a flag.
+
+    Args:
+        file: The module, within the package.
+        owner: The dataclass.
+        name: The field.
+
+    Returns:
+        The default.
+    """
+    default = _read(file, owner)[name]
+    assert default is not None
+    return ast.literal_eval(default)
 
 
 def check_needed(command: str, flags: Sequence[str]) -> None:
@@ -65,10 +80,19 @@ def _needed(flags: Mapping[str, bool]) -> list[str]:
     return [name for name, needed in flags.items() if needed]
 
 
-def _read(file: Path, owner: str) -> Iterator[tuple[str, bool]]:
-    """The fields of a dataclass, and whether each lacks a default."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+@functools.cache
+def _read(file: str, owner: str) -> dict[str, ast.expr | None]:
+    """The fields of a dataclass, and the default of each; None for one that lacks a default."""
+    spec = find_spec("hf_slim")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
-            yield node.target.id, not any(str(word.arg).startswith("default") for word in node.value.keywords)
+    fields = [node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    return {node.target.id: _find_default(node.value) for node in fields if isinstance(node.target, ast.Name)}
+
+
+def _find_default(value: ast.expr | None) -> ast.expr | None:
+    """What a field is by default: what is assigned to it, or the default within its `field`."""
+    if not isinstance(value, ast.Call):
+        return value
+    return next((word.value for word in value.keywords if str(word.arg).startswith("default")), None)

@@ -17,11 +17,11 @@ def run(*flags: str) -> tuple[dict, str]:
 
 
 def refuse(*words: object) -> str:
-    """The one line with which a command is refused, without the name of the program."""
+    """The one line with which a command is refused, which is all on stderr, without the name of the program."""
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main([str(word) for word in words]) == 2
-    last = errors.getvalue().splitlines()[-1]
-    assert "Traceback" not in errors.getvalue() and printed.getvalue().count("error") == 0
-    command, error, message = last.partition(": error: ")
+    lines = errors.getvalue().splitlines()
+    assert len(lines) == 1 and printed.getvalue().count("error") == 0
+    command, error, message = lines[0].partition(": error: ")
     assert error and command in ("hf-slim", f"hf-slim {words[0] if words else ''}")
     return message

@@ -21,6 +21,7 @@ from transformers import (
 from .data import DataArguments, Task, TextData, load_text_data
 from .sequences import check_length, find_collator, tokenize
 from .task_metrics import evaluate_task, make_compute_metrics
+from .tokenizer import fit_tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def load_file_data(arguments: DataArguments, model: PreTrainedModel, tokenizer: 
         ValueError: If the model does no task that has metrics, or a file, a column or a label does not fit.
     """
     arguments.task = find_task(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    name = model.config.name_or_path
+    fit_tokenizer(tokenizer, model.config, tokenizer.name_or_path or name, name, pads=arguments.task != "causal-lm")
     check_length(model.config, tokenizer, arguments.max_seq_length)
     data = load_text_data(arguments)
     rows = tokenize(data, _number_labels(data, model.config), tokenizer, arguments.max_seq_length)

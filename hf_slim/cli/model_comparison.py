@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..structures import StructureGroup, find_structures, group_by_place
 from .data import DataArguments
 from .file_evaluation import FileData, evaluate_on_file, find_task, load_file_data
 from .model_source import load_model
-from .tokenizer import load_tokenizer
+from .tokenizer import has_tokenizer, load_tokenizer
 
 _ROWS = 8
 """Of a file, for the comparison of outputs."""
@@ -232,7 +231,7 @@ def _load_tokenizer(arguments: CompareArguments) -> PreTrainedTokenizerBase:
     if arguments.tokenizer_name is not None:
         return load_tokenizer(arguments.tokenizer_name)
     names = arguments.model, arguments.other
-    found = [load_tokenizer(name) for name in names if not _has_no_tokenizer(name)]
+    found = [load_tokenizer(name) for name in names if has_tokenizer(name)]
     if not found:
         raise ValueError(f"There is no tokenizer in {' or '.join(names)}: name one by --tokenizer_name.")
     vocabularies = [tokenizer.get_vocab() for tokenizer in found]
@@ -244,10 +243,6 @@ def _load_tokenizer(arguments: CompareArguments) -> PreTrainedTokenizerBase:
             f"{vocabularies[0][wrong]} and {vocabularies[-1].get(wrong)}. Name two models of one tokenizer."
         )
     return found[0]
-
-
-def _has_no_tokenizer(name: str) -> bool:
-    return Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()
 
 
 def _run(name: str, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Outputs:

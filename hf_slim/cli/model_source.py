@@ -15,13 +15,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..compaction import find_auto_classes
 from ..proof import RUN_ERRORS
+from .data import DataArguments, Task
 
 
-def load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str, *, trust_remote_code: bool | None = False) -> PreTrainedConfig:
     """Load the config of a model; no weights are read.
 
     Args:
         name: A Hub name, a folder, or a .json file.
+        trust_remote_code: Whether code that lies beside it may run; None asks, if it is needed.
 
     Returns:
         The config.
@@ -35,7 +37,7 @@ def load_config(name: str) -> PreTrainedConfig:
     if not path.exists():
         _check_hub_name(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (*RUN_ERRORS, OSError, StrictDataclassError) as error:
         where = name if path.exists() else f"{name}, which is no folder here and is asked for on the Hub"
         raise ValueError(f"There is no config to be had from {where}: {_in_one_line(error)}") from error
@@ -137,6 +139,28 @@ def load_weights(kind: Any, name: str, **keywords: Any) -> PreTrainedModel:
             f"{tuple(needed)}."
         )
     return model
+
+
+def check_text_model(config: PreTrainedConfig, name: str, data: DataArguments, task: Task) -> None:
+    """Refuse a model that reads no text, and a classifier where there are no labels and no task was named.
+
+    Args:
+        config: The config of the model.
+        name: What it was loaded from, for the message.
+        data: What was asked for.
+        task: What is done with the data.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    kind = next(iter(config.architectures or ()), type(config).__name__)
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        raise ValueError(f"{name}, a {kind}, reads no text: name a text model.")
+    if task == "causal-lm" and data.task is None and kind.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{data.train_file} has no column 'label', and {name} is a {kind}: name the --label_column, or give "
+            "--task causal-lm."
+        )
 
 
 def check_place(argument: str, name: str | None) -> None:

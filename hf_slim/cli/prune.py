@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..arguments import SlimConfig
 from ..one_shot import MethodName, slim
 from ..saving import SlimReport, check_folder, save_slimmed
 from .data import DataArguments, load_text_data
-from .model_source import check_place, load_weights
+from .model_source import check_place, check_text_model, load_config, load_weights
 from .sequences import check_length, find_collator, tokenize
-from .tokenizer import load_tokenizer
+from .tokenizer import fit_tokenizer, load_tokenizer
 
 
 @dataclass
@@ -54,10 +54,14 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
     for flag in ("model_name_or_path", "tokenizer_name"):
         check_place(f"--{flag}", getattr(arguments, flag))
     rows = load_text_data(data_arguments, seed=arguments.seed)
-    tokenizer = _load_tokenizer(arguments)
+    source = arguments.model_name_or_path
+    found = load_config(source, trust_remote_code=None)
+    check_text_model(found, source, data_arguments, rows.task)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or source)
+    fit_tokenizer(tokenizer, found, arguments.tokenizer_name or source, source, pads=rows.task != "causal-lm")
+    check_length(found, tokenizer, data_arguments.max_seq_length)
     kind = AutoModelForCausalLM if rows.task == "causal-lm" else AutoModelForSequenceClassification
-    model = load_weights(kind, arguments.model_name_or_path)
-    check_length(model.config, tokenizer, data_arguments.max_seq_length)
+    model = load_weights(kind, source)
     slim(
         model,
         tokenize(rows, rows.train, tokenizer, data_arguments.max_seq_length).shuffle(seed=arguments.seed),
@@ -68,10 +72,3 @@ def prune(arguments: PruneArguments, data_arguments: DataArguments, config: Slim
         method=arguments.method,
     )
     return save_slimmed(model, folder, processing_class=tokenizer)
-
-
-def _load_tokenizer(arguments: PruneArguments) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

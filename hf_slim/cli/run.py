@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -34,15 +35,16 @@ from ..saving import (
     renew_card,
     save_slimmed,
 )
-from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint
+from ..structures import find_structures
+from ..training import SlimTrainerCallback, find_shape, find_whole_checkpoint, make_plan
 from .comparison import Comparison, ModelFigures
 from .data import DataArguments, Task, TextData, load_text_data
-from .model_source import check_place, load_weights
+from .model_source import check_place, check_text_model, load_config, load_weights
 from .sequences import check_length, find_collator, tokenize
 from .start import Start
 from .task_metrics import evaluate_task as _evaluate
 from .task_metrics import make_compute_metrics
-from .tokenizer import load_tokenizer, make_byte_tokenizer
+from .tokenizer import fit_tokenizer, has_tokenizer, load_tokenizer, make_byte_tokenizer, pad
 
 
 @dataclass
@@ -116,7 +118,10 @@ def run(
     slim_model = output_dir / "slim"
 
     # The slimmed training comes first, since it can refuse its settings; the dense one has none to refuse.
-    dense = _train_dense(setup, training_arguments, 1, start) if training_arguments.slim_teacher == "dense" else None
+    dense = None
+    if training_arguments.slim_teacher == "dense":
+        _check_plan(setup, training_arguments)
+        dense = _train_dense(setup, training_arguments, 1, start)
     teacher = None if dense is None else dense.model
     trainer = _make_slim_trainer(setup, training_arguments, _make_model(setup, training_arguments), teacher)
     _train(trainer, 1 if dense is None else 2, start)
@@ -175,15 +180,21 @@ def _check_arguments(model: ModelArguments, training: SlimTrainingArguments) -> 
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be made: {error}.") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} is not writable; name another folder.")
 
 
 def _prepare(model: ModelArguments, data: DataArguments, seed: int) -> _Setup:
     rows = load_text_data(data, seed=seed)
+    config = load_config(model.source, trust_remote_code=None)
+    check_text_model(config, model.source, data, rows.task)
+    if rows.task != "causal-lm":
+        _set_outputs(config, rows)
     tokenizer, is_made = _find_tokenizer(model, rows.task)
-    config = _load_config(model, rows)
     _fit(config, tokenizer, model, is_made=is_made)
     tokenizer.model_max_length = check_length(config, tokenizer, data.max_seq_length)
     train, validation = (
@@ -196,45 +207,32 @@ def _find_tokenizer(model: ModelArguments, task: Task) -> tuple[PreTrainedTokeni
     """The tokenizer, and whether it was made for this run."""
     if model.tokenizer_name is not None:
         return load_tokenizer(model.tokenizer_name), False
-    folder = Path(model.source)
-    if not folder.exists() or (folder / "tokenizer_config.json").is_file():
+    if has_tokenizer(model.source):
         return load_tokenizer(model.source), False
     if task == "causal-lm" and model.config_name is not None:
         return make_byte_tokenizer(), True
     raise ValueError(f"There is no tokenizer in {model.source}: name one by --tokenizer_name.")
 
 
-def _load_config(model: ModelArguments, rows: TextData) -> Any:
-    if rows.task == "causal-lm":
-        return AutoConfig.from_pretrained(model.source)
-    # transformers tells the number of outputs by the number of names.
-    names = dict(enumerate(rows.classes if rows.task == "classification" else ["LABEL_0"]))
-    return AutoConfig.from_pretrained(
-        model.source,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-        problem_type="regression" if rows.task == "regression" else "single_label_classification",
-    )
+def _set_outputs(config: PreTrainedConfig, rows: TextData) -> None:
+    """Give a config the outputs of a task with labels; transformers tells their number by that of the names."""
+    config.id2label = dict(enumerate(rows.classes if rows.task == "classification" else ["LABEL_0"]))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = "regression" if rows.task == "regression" else "single_label_classification"
 
 
 def _fit(config: Any, tokenizer: PreTrainedTokenizerBase, model: ModelArguments, *, is_made: bool) -> None:
     """Make the config of a fresh model fit the tokenizer; refuse a tokenizer that does not fit the weights."""
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {model.tokenizer_name or model.source} has no token to pad with.")
-        tokenizer.pad_token = tokenizer.eos_token
-    text_config = config.get_text_config()
-    if model.config_name is not None:
+    named, text_config = model.tokenizer_name or model.source, config.get_text_config()
+    if model.config_name is None:
+        fit_tokenizer(tokenizer, config, named, model.source, pads=True)
+    else:
+        pad(tokenizer, named)
         if is_made or len(tokenizer) > text_config.vocab_size:
             text_config.vocab_size = len(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) is not None:
                 setattr(text_config, name, getattr(tokenizer, name))
-    elif len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {model.tokenizer_name or model.source} has {len(tokenizer)} tokens, but the model "
-            f"knows only {text_config.vocab_size}: name the tokenizer that belongs to {model.source}."
-        )
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
 
@@ -258,6 +256,16 @@ def _make_trainer(setup: _Setup, arguments: SlimTrainingArguments, part: str, mo
     for name in TEACHER_FIELDS:
         setattr(own, name, getattr(SlimConfig(), name))
     return _log_to_its_folder(Trainer(model, **_common(setup, own, part)))
+
+
+def _check_plan(setup: _Setup, arguments: SlimTrainingArguments) -> None:
+    """Refuse settings before the dense training that the slimmed one would refuse after it."""
+    model = _make_model(setup, arguments)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = math.ceil(math.ceil(len(setup.train) / batch) * arguments.num_train_epochs)
+    if arguments.max_steps > 0:
+        steps = arguments.max_steps
+    make_plan(model, SlimConfig.from_arguments(arguments), steps, found=find_structures(model))
 
 
 def _log_to_its_folder(trainer: Trainer) -> Trainer:

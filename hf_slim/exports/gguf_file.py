@@ -212,7 +212,7 @@ def _to_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
     lost = _measure_loss(converted, tensor)
     if lost > _ROUNDING:
         raise ValueError(
-            f"{name} has numbers so small {what} loses {100 * lost:.2g}% of the tensor (below "
+            f"{name} has numbers so small {what} loses {100 * lost:.1f}% of the tensor (below "
             f"{limits.smallest_normal:.1g} it has few digits), so that no file is written."
         )
     return converted

@@ -1,9 +1,11 @@
 """The flags of a subcommand: its help on one screen, the whole of it, and what it refuses."""
 
+import json
+
 import pytest
 from commands import refuse
 
-from hf_slim.arguments import SlimConfig
+from hf_slim.arguments import SlimConfig, SlimTrainingArguments
 from hf_slim.cli import main
 from hf_slim.cli.data import DataArguments
 from hf_slim.cli.flags import describe_flags, parse_flags
@@ -68,3 +70,33 @@ def test_one_flag_of_ours_is_nearer_than_one_of_the_trainers():
     assert refuse("prune", *given) == "There is no flag --ouput_dir: did you mean --output_dir?"
     assert refuse("run", *given) == "There is no flag --ouput_dir: did you mean --output_dir?"
     assert refuse("run", *given[:4], "--xyz", "1") == "There is no flag --xyz; --help-all lists them."
+
+
+def test_flags_win_over_the_file_before_them_whose_keys_may_have_dashes(tmp_path):
+    file = tmp_path / "settings.json"
+    content = {"model-name-or-path": "m", "train_file": "t.csv", "ffn2-sparsity": 0.5, "slim_live": False}
+    content |= {"text-column": ["a", "b"], "slim_round_to": "8", "slim_exclude": None}
+    file.write_text(json.dumps(content))
+    arguments, data, config = parse_flags([str(file), "--output-dir", "out", "--ffn2_sparsity", "0.25"], PRUNE)
+    assert (arguments.model_name_or_path, arguments.output_dir, arguments.batch_size) == ("m", "out", 8)
+    assert (data.train_file, data.text_column) == ("t.csv", ["a", "b"])
+    assert (config.ffn2_sparsity, config.slim_live, config.slim_round_to) == (0.25, False, 8)
+    with pytest.raises(ValueError, match=r"settings\.json lacks output_dir\.$"):
+        parse_flags([str(file)], PRUNE)
+    with pytest.raises(ValueError, match=r"^ffn2_sparsity must be in \[0, 1\), got 2\.0"):
+        parse_flags([str(file), "--output-dir", "out", "--ffn2_sparsity", "2"], PRUNE)
+
+
+def test_a_value_in_a_file_is_what_it_is_on_the_command_line(tmp_path):
+    kinds = {"Slimming": SlimTrainingArguments}
+    (tmp_path / "s.json").write_text(
+        json.dumps({"max_steps": 4, "learning_rate": 1, "bf16": False, "lr_scheduler_kwargs": {"a": 1}, "seed": "7"})
+    )
+    (arguments,) = parse_flags([str(tmp_path / "s.json"), "--use_cpu", "--report_to", "none"], kinds)
+    assert (arguments.max_steps, arguments.learning_rate, arguments.seed) == (4, 1, 7)
+    assert (arguments.lr_scheduler_kwargs, arguments.bf16, arguments.use_cpu) == ({"a": 1}, False, True)
+
+
+def test_a_file_comes_before_all_flags():
+    message = refuse("prune", "--output_dir", "o", "settings.json", "--train_file", "t.csv")
+    assert message == "'settings.json' is no flag, nor the value of one; a file of flags comes before all flags."

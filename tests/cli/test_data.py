@@ -1,12 +1,10 @@
-"""From files to rows and tokens."""
+"""From files to rows."""
 
 import json
 
 import pytest
-from datasets import Dataset
 
-from hf_slim.cli.data import DataArguments, load_text_data, tokenize_chunks, tokenize_pairs
-from hf_slim.cli.tokenizer import load_tokenizer, make_byte_tokenizer
+from hf_slim.cli.data import DataArguments, load_text_data
 
 REVIEWS = "text,label\ngood film,yes\nbad film,no\ngood play,yes\nbad play,no\n"
 
@@ -159,29 +157,3 @@ def test_validation_data_must_match(tmp_path, content, message):
     train = _write(tmp_path / "train.csv", REVIEWS)
     with pytest.raises(ValueError, match=message):
         load_text_data(DataArguments(train, _write(tmp_path / "validation.csv", content)))
-
-
-def test_pairs_are_tokenized_and_cut(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]
-    tokenizer = load_tokenizer(_write(tmp_path / "vocab.txt", "\n".join(words)))
-    rows = Dataset.from_dict({"text": ["a b", "a a a a"], "text_pair": ["c", "b b"], "labels": [0.5, 1.0]})
-    assert tokenize_pairs(rows, tokenizer, 6).to_dict() == {
-        "labels": [0.5, 1.0],
-        "input_ids": [[2, 5, 6, 3, 7, 3], [2, 5, 5, 3, 6, 3]],
-        "token_type_ids": [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]],
-        "attention_mask": [[1] * 6, [1] * 6],
-    }
-
-
-@pytest.mark.parametrize(("documents", "expected"), [(False, ["abcd", "efgh"]), (True, ["abc.", "defg", "hi.."])])
-def test_text_is_joined_and_cut_into_chunks(documents, expected):
-    tokenizer = make_byte_tokenizer()
-    texts = ["abc", "defghi", ""] if documents else ["abc", "defgh", "i"]
-    chunks = tokenize_chunks(Dataset.from_dict({"text": texts}), tokenizer, 4, documents=documents)
-    ids = [[0 if letter == "." else tokenizer(letter)["input_ids"][0] for letter in chunk] for chunk in expected]
-    assert chunks.to_dict() == {"input_ids": ids, "attention_mask": [[1] * 4] * len(ids), "labels": ids}
-
-
-def test_text_shorter_than_a_chunk_is_refused():
-    with pytest.raises(ValueError, match="A text of 5 tokens is too short for one sequence of max_seq_length=6"):
-        tokenize_chunks(Dataset.from_dict({"text": ["abc", "de"]}), make_byte_tokenizer(), 6, documents=False)

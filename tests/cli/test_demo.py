@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from commands import refuse
 
 from hf_slim.cli import main
 from hf_slim.cli.demo import write_demo
@@ -69,3 +70,20 @@ def test_the_demo_loses_next_to_nothing(tmp_path):
     assert figures["dense"]["metrics"]["pearson"] > 0.93
     assert figures["slimmed"]["metrics"]["pearson"] > figures["dense"]["metrics"]["pearson"] - 0.01
     assert figures["slimmed"]["parameters"] < 0.55 * figures["dense"]["parameters"]
+
+
+def test_files_of_others_are_not_written_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("mine")
+    message = refuse("demo", "--output_dir", tmp_path)
+    assert message == f"{tmp_path / 'data' / 'train.csv'} is there and is not the demo's: name another --output_dir."
+    (tmp_path / "data" / "train.csv").unlink()
+    (tmp_path / "data" / "config.json").write_text("mine")
+    assert refuse("demo", "--output_dir", tmp_path).startswith(f"{tmp_path / 'data' / 'config.json'} is there and is")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "config.json"]
+
+
+def test_a_refused_demo_leaves_nothing_and_takes_a_file_of_flags(tmp_path):
+    (tmp_path / "flags.json").write_text(json.dumps({"output-dir": str(tmp_path / "out"), "mha-sparsity": 0.9}))
+    assert refuse("demo", tmp_path / "flags.json", "--max_steps", "2").startswith("mha_sparsity=0.9 is unreachable")
+    assert [path.name for path in tmp_path.iterdir()] == ["flags.json"]

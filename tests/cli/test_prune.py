@@ -79,3 +79,26 @@ def test_a_file_is_no_folder(reviews: Path) -> None:
     flags = ["--model_name_or_path", f"{reviews}/bert", "--train_file", f"{reviews}/reviews.csv"]
     message = refuse("prune", *flags, "--output_dir", f"{reviews}/slim", *HALF)
     assert message.endswith("slim' is a file; name a folder.")
+
+
+def test_a_tokenizer_that_is_not_there_or_is_another_model_s_is_refused(reviews: Path) -> None:
+    build("bert", vocab_size=50).save_pretrained(reviews / "few")
+    make_byte_tokenizer().save_pretrained(reviews / "bytes")
+    flags = ["--model_name_or_path", f"{reviews}/few", "--train_file", f"{reviews}/reviews.csv"]
+    flags += ["--output_dir", f"{reviews}/slim", *HALF]
+    assert refuse("prune", *flags) == f"There is no tokenizer in {reviews}/few: name one by --tokenizer_name."
+    assert refuse("prune", *flags, "--tokenizer_name", f"{reviews}/bytes") == (
+        f"The tokenizer of {reviews}/bytes has 257 tokens, but the model knows only 50: name the tokenizer that "
+        f"belongs to {reviews}/few."
+    )
+    assert not (reviews / "slim").exists()
+
+
+def test_what_the_model_does_not_read_is_refused(reviews: Path) -> None:
+    build("vit").save_pretrained(reviews / "vit")
+    flags = ["--train_file", f"{reviews}/reviews.csv", "--output_dir", f"{reviews}/slim", *HALF]
+    message = refuse("prune", *flags, "--model_name_or_path", f"{reviews}/vit")
+    assert message == f"{reviews}/vit, a ViTForImageClassification, reads no text: name a text model."
+    message = refuse("prune", *flags, "--model_name_or_path", f"{reviews}/bert", "--max_seq_length", "513")
+    assert message.startswith("--max_seq_length 513 is more than the model takes, 512: make it smaller")
+    assert not (reviews / "slim").exists()

@@ -309,7 +309,16 @@ def test_a_json_file_of_arguments(folder, pairs):
     ("content", "message"),
     [
         ({"train_file": "t.csv", "slim_scop": "local"}, r"There is no flag --slim_scop: did you mean --slim_scope\?"),
+        ({"slim-scop": "local"}, r"There is no flag --slim-scop: did you mean --slim_scope\?"),
         ({"model_name_or_path": "m"}, r".*arguments\.json lacks train_file\."),
+        ({"train_file": None}, r".*arguments\.json: train_file is null; leave it out, or give a value\."),
+        (
+            {"slim-scope": "local", "slim_scope": "local"},
+            r".*arguments\.json has both slim-scope and slim_scope: leave one out\.",
+        ),
+        ({"max-steps": "few"}, r".*arguments\.json: argument --max_steps.*: invalid int value: 'few'"),
+        ({"train_file": ["a.csv", "b.csv"]}, r".*arguments\.json: train_file takes one value, got \['a\.csv', 'b.*"),
+        ({"slim_scope": "globe"}, r".*arguments\.json: argument --slim_scope.*: invalid choice: 'globe'.*"),
         (
             {"train_file": "t.csv", "ffn2_sparsity": 2},
             r".*arguments\.json: ffn2_sparsity must be in \[0, 1\), got 2: it is the fraction to remove\.",
@@ -341,6 +350,8 @@ def test_a_json_file_that_is_not_there_is_refused():
         ),
         ({"tokenizer_name": None}, r"There is no tokenizer in .*bert\.json: name one by --tokenizer_name"),
         ({"max_seq_length": 17}, "--max_seq_length 17 is more than the model takes, 16"),
+        ({"config_name": "nobody/nothing"}, "There is no config to be had from nobody/nothing, which is no folder"),
+        ({"tokenizer_name": "nobody/nothing"}, "There is no tokenizer to be had from nobody/nothing: "),
         ({"train_file": "nowhere.csv"}, r"There is no file nowhere\.csv"),
         ({"label_column": "stars"}, r"reviews\.csv has no column 'stars'; it has text, label"),
         ({"ffn2_sparsity": "1.0"}, r"ffn2_sparsity must be in \[0, 1\), got 1\.0"),
@@ -348,6 +359,8 @@ def test_a_json_file_that_is_not_there_is_refused():
         ({"slim_end": "5", "ffn2_sparsity": "0.5"}, "slim_end=5 is beyond the last training step, 4"),
         ({"slim_exclude": "nothing.like.that", "ffn2_sparsity": "0.5"}, "nothing.like.that"),
         ({"mha_sparsity": "0.9"}, "mha_sparsity"),
+        ({"mha_sparsity": "0.9", "report_to": "tensorboard"}, "mha_sparsity=0.9 is unreachable"),
+        ({"mha_sparsity": "0.9", "slim_teacher": "dense"}, "mha_sparsity=0.9 is unreachable"),
         ({"seed": "-1"}, r"^seed must be a whole number from 0 and below 2\*\*32, got -1"),
         ({"per_device_train_batch_size": "0"}, "^--per_device_train_batch_size must be a whole number from 1, got 0"),
         (
@@ -368,7 +381,7 @@ def test_a_json_file_that_is_not_there_is_refused():
 )
 def test_bad_input_is_refused_before_training_in_one_line(folder, tmp_path, changes, message):
     assert re.search(message, refuse("run", *_flags(folder, **{"output_dir": tmp_path / "out"} | changes)))
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_word_that_is_no_flag_is_refused(folder):
@@ -386,6 +399,26 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights_is_refused(folder, word
         folder, config_name=None, model_name_or_path=words.out / "slim", tokenizer_name=folder / "large.txt"
     )
     assert re.search(r"large\.txt has 12 tokens, but the model knows only 11", refuse("run", *flags))
+
+
+def test_weights_of_other_labels_and_data_without_any_are_refused(folder, words, tmp_path):
+    opinions = "\n".join(["text,label", *(f"{opinion} film,{opinion}" for opinion in WORDS[:4])])
+    (folder / "opinions.csv").write_text(opinions)
+    (folder / "texts.csv").write_text("text\ngood film\nbad film\n")
+    weights = {"config_name": None, "tokenizer_name": None, "model_name_or_path": words.out / "slim"}
+    weights |= {"output_dir": tmp_path / "out"}
+    files = {"train_file": folder / "opinions.csv", "validation_file": folder / "opinions.csv"}
+    message = refuse("run", *_flags(folder, **weights | files))
+    assert message.endswith(
+        "classifier.bias is (2,) in its weights, and the config with the labels of the data says (4,)."
+    )
+    files = {"train_file": folder / "texts.csv", "validation_file": folder / "texts.csv"}
+    message = refuse("run", *_flags(folder, **weights | files))
+    assert message == (
+        f"{folder / 'texts.csv'} has no column 'label', and {words.out / 'slim'} is a BertForSequenceClassification: "
+        "name the --label_column, or give --task causal-lm."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_labels_are_refused_before_training(folder):

@@ -146,6 +146,29 @@ def test_numbers_that_float16_cannot_hold_are_refused():
         dict(convert_tensors(model))
 
 
+def test_numbers_that_float16_loses_are_refused_and_a_few_small_ones_are_not():
+    model = build("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[:8] = 1e-9  # as large as nothing beside the others
+    assert (dict(convert_tensors(model))["blk.1.ffn_up.weight"][:8] == 0).all()
+    with torch.no_grad():
+        weight.fill_(1e-9)
+    with pytest.raises(ValueError, match=r"up_proj\.weight has numbers so small that float16 loses 100\.0% of the"):
+        dict(convert_tensors(model))
+    with torch.no_grad():
+        weight.zero_()
+    assert (dict(convert_tensors(model))["blk.1.ffn_up.weight"] == 0).all()
+
+
+def test_numbers_that_are_none_are_refused():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match=r"^model\.norm\.weight has numbers that are not finite"):
+        dict(convert_tensors(model))
+
+
 def test_a_tensor_that_has_no_place_is_named():
     model = build("llama")
     model.model.layers[0].extra = torch.nn.Linear(2, 2)

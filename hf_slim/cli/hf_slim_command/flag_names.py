@@ -61,7 +61,8 @@ def check_needed(command: str, flags: Sequence[str]) -> None:
         ValueError: If one is missing; the message names it.
     """
     words = [word for word in flags if word != "--json"]
-    is_file = bool(words) and words[0].endswith(".json")  # which may hold what is missing here
+    before = ["", *words]
+    is_file = any(w.endswith(".json") and not b.startswith("--") for b, w in zip(before, words, strict=False))
     if command == "demo" or is_file or {"-h", "--help", "--help-all"} & set(words):  # the demo has all defaults
         return
     given = [word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]

@@ -9,6 +9,7 @@ _SPEAKING = (
     *("hf_slim", "huggingface_hub", "datasets", "transformers.configuration_utils", "transformers.core_model_loading"),
     *("transformers.dynamic_module_utils", "transformers.integrations", "transformers.modeling_utils"),
     *("transformers.models.auto", "transformers.tokenization_", "transformers.trainer", "transformers.training_args"),
+    *("transformers.utils.import_utils", "transformers.utils.versions"),
 )
 """Modules whose errors speak of settings and files, by what their names begin with."""
 _BUGS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError)

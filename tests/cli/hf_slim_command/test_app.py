@@ -7,7 +7,11 @@ import typer
 from commands import refuse
 from typer.testing import CliRunner
 
+from hf_slim.arguments import SlimConfig
+from hf_slim.cli import main
+from hf_slim.cli.data import DataArguments
 from hf_slim.cli.hf_slim_command.app import app
+from hf_slim.cli.model_comparison import CompareArguments
 
 
 def _complete(words: str, number: int) -> list[str]:
@@ -58,3 +62,21 @@ def test_usage_is_answered_in_one_line(words, message):
 def test_an_unknown_option_is_answered_with_the_nearest():
     message = refuse("compact", "a", "b", "--jsn")
     assert message.startswith("No such option: --jsn") and "--json" in message
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_what_is_not_given_is_left_to_the_dataclass(command, monkeypatch):
+    given = {}
+    monkeypatch.setattr("hf_slim.cli.hf_slim_command.app._later", lambda *_, **flags: lambda: given.update(flags) or 0)
+    models = {"model": "a"} if command == "inspect" else {"model": "a", "other": "b"}
+    assert main([command, *models.values()]) == 0
+    assert given == models
+
+
+def test_help_names_the_defaults():
+    pages = {name: CliRunner().invoke(app, [name, "--help"]).output.split() for name in ("inspect", "compare")}
+    texts = {name: " ".join(words) for name, words in pages.items()}
+    assert f"channels of a layer; default: {SlimConfig.slim_round_to}." in texts["inspect"]
+    assert f"every layer keeps; default: {SlimConfig.slim_min_heads}." in texts["inspect"]
+    assert f"of a sequence; default: {DataArguments.max_seq_length}." in texts["compare"]
+    assert f"of a forward pass; default: {CompareArguments.batch_size}." in texts["compare"]

@@ -7,7 +7,8 @@ import pytest
 from hf_slim.arguments import SlimConfig
 from hf_slim.bench import BenchArguments
 from hf_slim.cli.data import DataArguments
-from hf_slim.cli.hf_slim_command.flag_names import check_needed, find_flags
+from hf_slim.cli.hf_slim_command.flag_names import check_needed, find_flags, read_default
+from hf_slim.cli.model_comparison import CompareArguments
 from hf_slim.cli.prune import PruneArguments
 from hf_slim.cli.run import ModelArguments
 
@@ -37,6 +38,7 @@ def test_the_names_are_those_of_the_fields(command):
             "There is no flag --ouput_dir: did you",
         ),
         (["settings.json", "--json"], None),
+        (["settings.json", "--output_dir", "o"], None),  # which may hold the others
         (["--help-all"], None),
     ],
 )
@@ -46,3 +48,15 @@ def test_a_flag_that_has_to_be_given_is_named(flags, message):
     else:
         with pytest.raises(ValueError, match=message):
             check_needed("prune", flags)
+
+
+@pytest.mark.parametrize(
+    ("file", "owner", "name", "default"),
+    [
+        ("arguments/slim_fields.py", "SlimArgumentsMixin", "slim_round_to", SlimConfig.slim_round_to),
+        ("cli/data.py", "DataArguments", "max_seq_length", DataArguments.max_seq_length),
+        ("cli/model_comparison.py", "CompareArguments", "batch_size", CompareArguments.batch_size),
+    ],
+)
+def test_a_default_is_that_of_the_field(file, owner, name, default):
+    assert read_default(file, owner, name) == default

@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, TrainingArguments
+from transformers.utils.versions import require_version
 
 from hf_slim import SlimConfig
 from hf_slim.cli.hf_slim_command.mistakes import is_mistake, print_mistake
@@ -20,6 +21,7 @@ def _catch(call) -> Exception:
         lambda: SlimConfig(ffn2_sparsity=2),
         lambda: validate_repo_id("a/b/c"),
         lambda: open("/nowhere"),
+        lambda: require_version("no-such-package>=1"),
         lambda: AutoConfig.from_pretrained("/nowhere"),
         lambda: TrainingArguments(report_to="none", save_strategy="steps", load_best_model_at_end=True),
     ],

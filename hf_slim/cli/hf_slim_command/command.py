@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     prog = f"hf-slim {words[0]}" if words and not words[0].startswith("-") else "hf-slim"
+    streams = sys.stdout, sys.stderr
     held = HeldStream(sys.stderr)
     try:
         with contextlib.redirect_stderr(held):
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         held.drop()
-        return _give_up_output()
+        return _give_up(*streams)
     except Exception as error:
         mistake = _find_mistake(prog, error)
         if mistake is None:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         held.release()
         if isinstance(error.__context__, BrokenPipeError):  # typer's answer to a reader that has gone
-            return _give_up_output()
+            return _give_up(*streams)
         raise
     held.release()
     return status
@@ -68,9 +69,9 @@ def _find_mistake(prog: str, error: Exception) -> tuple[str, object] | None:
     return (prog, error) if is_mistake(error) else None
 
 
-def _give_up_output() -> int:
+def _give_up(*streams: TextIO) -> int:
     """Print no more, since the reader of a pipe has gone, as `head` does; that is no mistake."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         try:
             stream.flush()
         except BrokenPipeError:

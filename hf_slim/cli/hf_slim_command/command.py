@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, TextIO
 import typer
 
 from .app import app
-from .held_stream import HeldStream
+from .held_stream import holding_stderr
 from .mistakes import is_mistake, print_mistake
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # not every typer exports the class itself
@@ -31,33 +30,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     prog = f"hf-slim {words[0]}" if words and not words[0].startswith("-") else "hf-slim"
     streams = sys.stdout, sys.stderr
-    held = HeldStream(sys.stderr)
-    try:
-        with contextlib.redirect_stderr(held):
+    with holding_stderr() as held:
+        try:
             found = app(args=words, prog_name="hf-slim", standalone_mode=False)
             status = found() if callable(found) else int(found or 0)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        held.drop()
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        held.drop()
-        return _give_up(*streams)
-    except Exception as error:
-        mistake = _find_mistake(prog, error)
-        if mistake is None:
-            held.release()
-            raise
-        held.drop()
-        return print_mistake(*mistake)
-    except SystemExit as error:
-        held.release()
-        if isinstance(error.__context__, BrokenPipeError):  # typer's answer to a reader that has gone
+        except KeyboardInterrupt:
+            held.drop()
+            print(f"{prog}: interrupted", file=sys.stderr)
+            return _INTERRUPTED
+        except BrokenPipeError:
+            held.drop()
             return _give_up(*streams)
-        raise
-    held.release()
-    return status
+        except Exception as error:
+            mistake = _find_mistake(prog, error)
+            if mistake is None:
+                held.release()
+                raise
+            held.drop()
+            return print_mistake(*mistake)
+        except SystemExit as error:
+            held.release()
+            if isinstance(error.__context__, BrokenPipeError):  # typer's answer to a reader that has gone
+                return _give_up(*streams)
+            raise
+        held.release()
+        return status
 
 
 def _find_mistake(prog: str, error: Exception) -> tuple[str, object] | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 
@@ -64,3 +68,25 @@ class HeldStream(io.TextIOBase):
         if self._held is not None and self._is_in_line:
             self._stream.write("\n")
         self._held = None
+
+
+@contextlib.contextmanager
+def holding_stderr() -> Iterator[HeldStream]:
+    """Hold back stderr, and the loggers that write to it by now.
+
+    Yields:
+        What holds it.
+    """
+    stream = sys.stderr
+    held = HeldStream(stream)
+    loggers = (logging.root, *logging.root.manager.loggerDict.values())
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    bound = [h for h in handlers if isinstance(h, logging.StreamHandler) and vars(h).get("stream") is stream]
+    for handler in bound:
+        handler.setStream(held)
+    try:
+        with contextlib.redirect_stderr(held):
+            yield held
+    finally:
+        for handler in bound:
+            handler.setStream(stream)

@@ -29,16 +29,12 @@ def working(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def chatty_libraries():
-    """Their loggers print on the stderr of the moment, as they do in a process of their own."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            print(record.getMessage(), file=sys.stderr)
-
-    handler = Handler()
+def chatty_libraries(capsys):
+    """Their loggers print on stderr, as they do in a process of their own."""
+    handler = logging.StreamHandler(sys.stderr)
     logging.getLogger("transformers").addHandler(handler)
     yield
+    assert handler.stream is sys.stderr
     logging.getLogger("transformers").removeHandler(handler)
 
 

@@ -31,10 +31,11 @@ def working(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def chatty_libraries(capsys):
     """Their loggers print on stderr, as they do in a process of their own."""
-    handler = logging.StreamHandler(sys.stderr)
+    stream = sys.stderr
+    handler = logging.StreamHandler(stream)
     logging.getLogger("transformers").addHandler(handler)
     yield
-    assert handler.stream is sys.stderr
+    assert handler.stream is stream
     logging.getLogger("transformers").removeHandler(handler)
 
 

@@ -16,7 +16,7 @@ from .cut_tensors import compact_model, grow_tensors, round_up
 from .dense_model import find_dense, find_unproven, mark_unproven
 from .module_copies import copy_modules
 from .numerical_proof import find_blamed
-from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, zero_state
+from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, refuse_other_units, zero_state
 from .proven_removal import find_proof, find_removable, merge_proven, name_unproven, remove_units
 from .saved_form import Form, cut_copy, find_form
 from .sparse_model import model_slim

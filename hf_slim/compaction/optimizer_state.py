@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..parallel import Place, Shards, is_sharded, take_positions
-from ..structures import get_tensor
+from ..structures import Structure, get_tensor
 
 Slices = Mapping[Place, Sequence[tuple[str, int]]]
 """For each place the keys of the optimizer's state, and the dimension of each that is the place's."""
@@ -120,6 +120,48 @@ def refuse_other_sizes(optimizer: Any) -> None:
                         f"the shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}. Train on "
                         "with an optimizer that is made anew (trainer.optimizer = trainer.lr_scheduler = None)."
                     )
+
+
+def refuse_other_units(optimizer: Any, model: nn.Module, structures: Iterable[Structure]) -> None:
+    """Refuse an optimizer whose state is of as many units of a structure as the model has not.
+
+    That is so where the state of a checkpoint was loaded without its weights. What an optimizer keeps in a size of its
+    own does not say the same number of units for all tensors of a structure.
+
+    Args:
+        optimizer: A torch optimizer, in whatever accelerate wraps around it.
+        model: The model.
+        structures: Its structures, as they are now.
+
+    Raises:
+        RuntimeError: If there is such a structure.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for structure in structures:
+        counts: dict[int, str] = {}
+        for (name, dim), where in structure.positions(torch.ones(structure.units, dtype=torch.bool)).items():
+            parameter = get_tensor(model, name)
+            for key, value in inner.state.get(parameter, {}).items():
+                count = _count_units(value, parameter.shape, dim, structure.units, len(where) // structure.units)
+                if count is not None:
+                    counts.setdefault(count, f"its state {key!r} for {name} has the shape {tuple(value.shape)}")
+        if len(counts) == 1 and structure.units not in counts:
+            ((count, where_told),) = counts.items()
+            raise RuntimeError(
+                f"The state of {type(inner).__name__} is that of a model with {count} units in {structure.name}, and this "
+                f"one has {structure.units}: {where_told}. Weights, optimizer and Slimmer have to be of the same "
+                "checkpoint: load all three, or leave the optimizer's state as it was made."
+            )
+
+
+def _count_units(value: Any, shape: torch.Size, dim: int, units: int, size: int) -> int | None:
+    """How many units, each of some positions along a dimension, a state has of a parameter with so many."""
+    if not isinstance(value, torch.Tensor) or value.dim() != len(shape) or value.numel() == 1:
+        return None
+    if any(own != whole for d, (own, whole) in enumerate(zip(value.shape, shape, strict=True)) if d != dim):
+        return None
+    gone, rest = divmod(shape[dim] - value.shape[dim], size)
+    return units - gone if rest == 0 else None
 
 
 def _find_dimension(key: str, value: Any, shape: torch.Size, dim: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -102,6 +103,34 @@ def make_batches(
     _check_columns(model, sample, None)
     _check_decoder(model, sample)
     return Calibration(batches, sample)
+
+
+@contextmanager
+def naming_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterator[None]:
+    """Say on which batch a model failed that cannot run on it; what it says itself, as a ValueError, is left as it is.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        number: Its number.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the model cannot run on it.
+    """
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except RUN_ERRORS as error:
+        shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in batch.items() if isinstance(v, torch.Tensor))
+        raise ValueError(
+            f"{type(model).__name__} cannot run on calibration batch {number}, of {shapes or ', '.join(batch)}: {error}"
+            ". Look at whether its tokens are in the model's vocabulary, and no sequence longer than the model takes "
+            "(max_seq_length)."
+        ) from error
 
 
 def has_decoder(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from transformers.utils import logging
 from ..parallel import find_device
 from ..proof import evaluating
 from ..structures import Structure, get_tensor
-from .calibration_batches import Calibration
+from .calibration_batches import Calibration, naming_batch
 from .input_moments import Moments, take_rows
 from .paused_passes import Enough, PausedPass, paused
-from .reading_layers import Reader, Watch, find_readers
+from .reading_layers import Gathered, Reader, Watch, find_readers
 from .stops import find_stops
 
 logger = logging.get_logger(__name__)
@@ -113,9 +114,10 @@ def collect_squares(model: nn.Module, structures: Sequence[Structure], data: Cal
     readers = {structure: find_readers(model, structure) for structure in structures}
     device = find_device(model)
     found = _make_moments(model, [reader for own in readers.values() for reader in own], whole=False)
-    for batch in logging.tqdm(data.batches, desc="Calibrating"):
+    for number, batch in enumerate(logging.tqdm(data.batches, desc="Calibrating")):
         sent = send_to_device(dict(batch), device)
-        with Watch(model, found, lambda reader, values: found[reader].add(take_rows(values, reader, sent))):  # noqa: B023
+        note = partial(_note, found, sent)
+        with Watch(model, found, note), naming_batch(model, batch, number):
             model(**sent)
     result: dict[Structure, Found] = {}
     for structure, own in readers.items():
@@ -147,15 +149,24 @@ def _collect(
     """Run the module at which passes wait, for what readers in it read."""
     found = _make_moments(model, readers, whole=True)
     for one in waiting:
-
-        def note(reader: Reader, values: torch.Tensor, batch: Mapping[str, Any] = one.batch) -> None:
-            found[reader].add(take_rows(values, reader, batch))
-            if once:
-                raise Enough
-
-        with Watch(model, readers, note):
+        note = partial(_note, found, one.batch, once=once)
+        with Watch(model, readers, note), naming_batch(model, one.batch, one.number):
             one.run_module()
     return found
+
+
+def _note(
+    found: Mapping[Reader, Moments],
+    batch: Mapping[str, Any],
+    reader: Reader,
+    values: torch.Tensor,
+    gathered: Gathered | None,
+    *,
+    once: bool = False,
+) -> None:
+    found[reader].add(take_rows(values, reader, batch, gathered))
+    if once:
+        raise Enough
 
 
 def _require_reached(structure: Structure, found: Found) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .reading_layers import Reader
+from .reading_layers import Gathered, Reader
 
 IGNORED = -100
 """Label of positions that do not count."""
@@ -70,25 +70,36 @@ class Moments:
         return products if centred else products.add_(mean.square())
 
 
-def take_rows(values: torch.Tensor, reader: Reader, batch: Mapping[str, Any]) -> torch.Tensor:
+def take_rows(
+    values: torch.Tensor, reader: Reader, batch: Mapping[str, Any], gathered: Gathered | None = None
+) -> torch.Tensor:
     """The inputs of a layer at the positions that count, without padding.
 
     Args:
         values: What the layer reads, `[..., inputs]`.
         reader: The layer.
         batch: What the model was given.
+        gathered: Which rows these were taken out of a matrix; None if they were not, as far as was seen.
 
     Returns:
-        Shape `[rows, inputs]`. Where the positions are not those of the batch (experts, that read the tokens routed to
-        them, image patches), all of them.
+        Shape `[rows, inputs]`. Where the positions are not those of the batch (image patches), all of them.
 
     Raises:
-        ValueError: If one is not finite.
+        ValueError: If one is not finite, or an expert's are not known and some are padding.
     """
     mask = find_mask(batch, decoded="decoder" in reader.member.tensor.split("."))
     rows = values.reshape(-1, values.shape[-1])
-    if mask is not None and (values.shape[:-1] == mask.shape or (values.dim() == 2 and len(values) == mask.numel())):
-        rows = rows[mask.to(rows.device).flatten()]
+    if mask is not None:
+        counts = mask.flatten().to(rows.device)
+        if gathered is not None and gathered.size == len(counts):
+            rows = rows[counts[gathered.rows]]
+        elif values.shape[:-1] == mask.shape or (values.dim() == 2 and len(values) == len(counts)):
+            rows = rows[counts]
+        elif reader.expert is not None and not counts.all():
+            raise ValueError(
+                f"Which tokens {reader.name} reads cannot be told, so that those that are padding cannot be left out: "
+                "take sequences of one length, or method='taylor' or 'magnitude'."
+            )
     if not rows.isfinite().all():
         raise ValueError(
             f"{reader.name} reads NaN or infinite activations, so that nothing can be told of its inputs: look at "

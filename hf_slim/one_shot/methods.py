@@ -14,7 +14,7 @@ from ..parallel import find_device, find_shards
 from ..structures import Structure, get_tensor
 from ..training import Plan, score_structures
 from .brain_surgery import rank_units
-from .calibration_batches import Calibration
+from .calibration_batches import Calibration, naming_batch
 from .calibration_pass import Found, calibrating, collect_squares, visit_layers
 from .kept_weights import KeptWeights
 from .output_error import OutputError
@@ -125,7 +125,8 @@ def _drop(model: nn.Module, plan: Plan, kept: KeptWeights, scores: Mapping[str, 
 
 
 def _find_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    outputs = model(**batch)
+    with naming_batch(model, batch, number):
+        outputs = model(**batch)
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     if loss is None:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..proof import find_tensors
-from .calibration_batches import cut_batch, has_decoder
+from .calibration_batches import cut_batch, has_decoder, naming_batch
 from .input_moments import find_mask
 
 _TOKENS = 1024
@@ -28,9 +28,10 @@ class OutputError:
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """See the class."""
         ids = batch.get("input_ids")
-        rows = max(1, _TOKENS // ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+        rows = max(1, _TOKENS // max(1, ids.shape[1])) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
         self._model, self._batch = model, dict(batch) if rows is None else cut_batch(batch, rows)
-        self._outputs = self._run()
+        with naming_batch(model, batch, 0):
+            self._outputs = self._run()
 
     @torch.no_grad()
     def measure(self) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from .calibration_batches import naming_batch
 from .kept_weights import finish
 
 _BEGIN = 1.0
@@ -32,12 +33,13 @@ class PausedPass(threading.Thread):
     Args:
         call: The pass.
         batch: What the model is given in it.
+        number: The number of the batch.
     """
 
-    def __init__(self, call: Callable[[], Any], batch: Mapping[str, Any]) -> None:
+    def __init__(self, call: Callable[[], Any], batch: Mapping[str, Any], number: int) -> None:
         """See the class."""
         super().__init__(daemon=True, name="hf_slim-pass")
-        self.batch = batch
+        self.batch, self.number = batch, number
         self.module: nn.Module | None = None
         self._call = call
         self._inputs: tuple[Any, Any] = ((), {})
@@ -119,7 +121,9 @@ class PausedPasses:
         """See the class."""
         self._model, self._send = model, send
         self._holds = set(holds)
-        self._passes = [PausedPass(self._make_call(batch), batch) for batch in batches]
+        self._passes = [
+            PausedPass(self._make_call(batch, number), batch, number) for number, batch in enumerate(batches)
+        ]
         self._handles = [module.register_forward_pre_hook(self._pause, with_kwargs=True) for module in self._holds]
 
     def start(self) -> None:
@@ -144,9 +148,10 @@ class PausedPasses:
         for one in self._passes:
             one.cancel()
 
-    def _make_call(self, batch: Mapping[str, Any]) -> Callable[[], Any]:
+    def _make_call(self, batch: Mapping[str, Any], number: int) -> Callable[[], Any]:
         def call() -> None:
-            self._model(**self._send(batch))
+            with naming_batch(self._model, batch, number):
+                self._model(**self._send(batch))
 
         return call
 

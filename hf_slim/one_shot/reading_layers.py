@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ _PRODUCTS: Mapping[Any, tuple[int, int]] = {
 }
 """Which arguments are the input and the weight of a product."""
 _CONVOLUTIONS = (F.conv1d, F.conv2d)
+_GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,21 +93,37 @@ def find_readers(model: nn.Module, structure: Structure) -> list[Reader]:
     return readers
 
 
+class Gathered(NamedTuple):
+    """Rows that were taken out of a matrix, as the tokens are that a router sends to an expert.
+
+    Args:
+        rows: Which rows, int64 of shape `[rows]`.
+        size: How many rows the matrix has.
+    """
+
+    rows: torch.Tensor
+    size: int
+
+
+Note = Callable[[Reader, torch.Tensor, Gathered | None], None]
+"""Called before a layer computes, with the layer, its input, `[..., inputs]`, and which rows that was taken out of."""
+
+
 class Watch(TorchFunctionMode):
     """Sees what layers read while a model runs in the thread that entered it.
 
     Args:
         model: The model; its tensors have to stay where they are.
         readers: The layers.
-        note: Called before a layer computes, with the layer and its input, `[..., inputs]`.
+        note: Called before a layer computes. If as many rows as it reads were the last to be taken out of a matrix,
+            it is told which: experts read the rows that were taken out for them.
     """
 
-    def __init__(
-        self, model: nn.Module, readers: Iterable[Reader], note: Callable[[Reader, torch.Tensor], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, readers: Iterable[Reader], note: Note) -> None:
         """See the class."""
         super().__init__()
         self._note = note
+        self._gathered: Gathered | None = None
         self._weights: dict[str, tuple[torch.Tensor, list[Reader]]] = {}
         for reader in readers:
             weight = get_tensor(model, reader.member.tensor)
@@ -121,6 +138,8 @@ class Watch(TorchFunctionMode):
             weight = kwargs.get("weight", args[where[1]] if len(args) > where[1] else None)
             if isinstance(values, torch.Tensor) and isinstance(weight, torch.Tensor):
                 self._look(values.movedim(1, -1) if func in _CONVOLUTIONS else values, weight)
+        elif func in _GATHERS:
+            self._gathered = _find_gathered(args[0], *args[1:], *kwargs.values()) or self._gathered
         return func(*args, **kwargs)
 
     def _look(self, values: torch.Tensor, weight: torch.Tensor) -> None:
@@ -130,10 +149,24 @@ class Watch(TorchFunctionMode):
             if not 0 <= offset < own.numel() * own.element_size() or values.device != own.device:
                 continue
             if readers[0].expert is None:
-                self._note(readers[0], values)
+                self._note(readers[0], values, self._match(values))
             elif weight.dim() == 2:
-                self._note(readers[offset // (own.stride(0) * own.element_size())], values)
+                self._note(readers[offset // (own.stride(0) * own.element_size())], values, self._match(values))
             else:
                 for reader, part in zip(readers, values, strict=True):
-                    self._note(reader, part)
+                    self._note(reader, part, None)
             return
+
+    def _match(self, values: torch.Tensor) -> Gathered | None:
+        known = self._gathered
+        return known if known is not None and values.dim() == 2 and len(values) == len(known.rows) else None
+
+
+def _find_gathered(source: torch.Tensor, *index: Any) -> Gathered | None:
+    """Which rows of a matrix are taken: `matrix[rows]`, `matrix[None, rows]` or `index_select(0, rows)`."""
+    parts = index[0] if isinstance(index[0], tuple) else index[1:] if type(index[0]) is int else index
+    parts = [part for part in parts if part is not None]
+    rows = parts[0] if len(parts) == 1 else None
+    if not isinstance(rows, torch.Tensor) or source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
+        return None
+    return Gathered(rows, len(source))

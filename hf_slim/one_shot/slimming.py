@@ -15,7 +15,16 @@ from ..compaction import find_pretrained, find_proof, mark_unproven, remove_unit
 from ..parallel import check_values, is_dispatched, is_spread, refuse_strategy
 from ..proof import keeping_random_state
 from ..saving import SlimReport, StructureSize, count_bytes, count_parameters, find_settings, keep_slimming
-from ..structures import REMEDY, Discovery, Structure, count_left, find_structures, has_adapters, require_structures
+from ..structures import (
+    REMEDY,
+    Discovery,
+    Structure,
+    count_left,
+    find_structures,
+    get_tensor,
+    has_adapters,
+    require_structures,
+)
 from ..training import Plan, make_plan, refuse_attached
 from .calibration_batches import Calibration, has_decoder, make_batches
 from .kept_weights import KeptWeights
@@ -123,7 +132,14 @@ def _make_plan(model: nn.Module, config: Any, found: Discovery) -> Plan:
     plan = make_plan(model, once, 1, found=found)
     if not plan.targets:
         raise ValueError("Nothing is to be removed: give ffn2_sparsity, mha_sparsity or a budget in the SlimConfig.")
-    check_values(model, (member.tensor for s in plan.structures for member in s.members))
+    names = list(dict.fromkeys(member.tensor for s in plan.structures for member in s.members))
+    check_values(model, names)
+    for name in names:
+        if not get_tensor(model, name).isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values, so that nothing can be told of its units: its training has "
+                "diverged, or its file is damaged. Load another checkpoint, or leave it out with slim_exclude."
+            )
     return plan
 
 

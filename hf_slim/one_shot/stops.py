@@ -12,7 +12,7 @@ from torch import nn
 
 from ..proof import RUN_ERRORS
 from ..structures import Structure, get_module
-from .reading_layers import Reader, Watch
+from .reading_layers import Gathered, Reader, Watch
 
 _MOST = 3
 """So many structures may be in one module that passes wait at: a decoder block with an encoder has as many."""
@@ -56,7 +56,7 @@ def find_stops(
     seen: dict[Reader, int] = {}
     owner = {reader: structure for structure, found in readers.items() for reader in found}
 
-    def note(reader: Reader, values: torch.Tensor) -> None:
+    def note(reader: Reader, values: torch.Tensor, gathered: Gathered | None) -> None:
         seen[reader] = seen.get(reader, 0) + 1
 
     with _counting(model, calls):

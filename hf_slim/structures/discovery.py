@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .attention import matches_mha, owner_of, read_mha
-from .custom_code import find_strange
+from .custom_code import find_hook, find_strange
 from .feed_forward import matches_ffn, read_ffn
 from .layout_rows import FfnLayout, MhaLayout
 from .linear_layers import find_child, find_layer, join
@@ -183,12 +183,14 @@ def _read_networks(
 
 def _read(model: nn.Module, path: str, kind: Kind, read: Callable[[], Structure]) -> Structure | Skipped:
     """What a reader makes of a module, or why it is left alone."""
+    hook = None
     try:
         found = read().rename(partial(join, path))
-        reason = find_strange(model, path, found)
+        hook = find_hook(model, path, found)
+        reason = hook or find_strange(model, path, found)
     except UnaccountedError as error:
         reason = str(error)
-    return found if reason is None else Skipped(path, kind, reason)
+    return found if reason is None else Skipped(path, kind, reason, is_hooked=hook is not None)
 
 
 def _matches_inside(module: nn.Module, layout: MhaLayout) -> bool:

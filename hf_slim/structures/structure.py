@@ -206,11 +206,13 @@ class Skipped:
         name: Dotted name of the module.
         kind: `ffn` or `mha`.
         reason: Why.
+        is_hooked: Whether it is for a hook of somebody's own, without which it may be no more than another one.
     """
 
     name: str
     kind: Kind
     reason: str
+    is_hooked: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..arguments import SlimConfig, find_teacher_fields
-from ..compaction import refuse_other_sizes
+from ..compaction import refuse_other_sizes, refuse_other_units
 from ..parallel import find_fixed_shapes, refuse_strategy
 from ..structures import Structure, get_tensor
 from .loaded_weights import WeightsHook
@@ -112,10 +112,11 @@ class AttachedOptimizer:
         """See the class."""
         self._slimmer, self._called, self._model = slimmer, called, model
         self._optimizer = weakref.ref(optimizer)
-        self._is_ready = self._is_scored = self.has_loaded = False
+        self._is_ready = self._is_scored = self.has_loaded = self._has_loaded_state = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         if slimmer.may_remove:
             self._handles.append(model.register_load_state_dict_pre_hook(WeightsHook(self._take_sizes)))
@@ -194,10 +195,18 @@ class AttachedOptimizer:
         slimmer = self._slimmer
         refuse_strategy(self._model)
         refuse_other_optimizer(self._model, slimmer.plan.structures, optimizer)
-        refuse_other_sizes(optimizer)
+        if not self._has_loaded_state:
+            refuse_other_sizes(optimizer)
         slimmer.refuse_missing_weights()
+        refuse_other_units(
+            optimizer, self._model, [slimmer.shape.find_current(s.name) for s in slimmer.plan.structures]
+        )
         slimmer.settle(self._model, optimizer, find_fixed_shapes(self._called) or find_fixed_shapes(self._model))
-        self._is_ready = True
+        self._is_ready, self._has_loaded_state = True, False
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Look at a state that was loaded when the next step comes: the weights may be loaded after it."""
+        self._has_loaded_state, self._is_ready = True, False
 
     def _take_sizes(self, weights: Mapping[str, Any], prefix: str) -> None:
         self.has_loaded = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..arguments import CriterionName, LiveChoice, ScopeName, SlimConfig, place_steps, read_budget
 from ..costs import BudgetReport, Kept
@@ -26,6 +27,8 @@ from .auto_slim_entries import find_entry_structures, read_entry
 from .budget_target import BudgetTarget, make_budget_target
 from .schedule import Schedule
 from .unit_selection import check_reachable, select_units
+
+logger = logging.get_logger(__name__)
 
 Settings = SlimConfig | Sequence[dict[str, Any]]
 """A `SlimConfig`, or the list that `parse_auto_slim_config` returned."""
@@ -164,6 +167,7 @@ def make_plan(
         targets = tuple(_make_target(*wish, max_steps, begin) for wish in _read_entries(settings, found))
     if steps is not None:
         targets = _place_steps(targets, steps, max_steps)
+    _warn_of_hooks(targets, found)
     return Plan(targets, find_live_choice(settings), round_to, to_state(settings))
 
 
@@ -262,6 +266,15 @@ def _read_budget(
             raise ValueError(f"slim_exclude={config.slim_exclude} leaves no structure to slim.")
         steps = place_steps(config, max_steps, begin=begin)
         yield make_budget_target(model, structures, config, budget, steps, found=found.structures, sizes=sizes)
+
+
+def _warn_of_hooks(targets: Iterable[Target | BudgetTarget], found: Discovery) -> None:
+    kinds = {structure.kind for target in targets for structure in target.structures}
+    hooked = [f"{skip.name}, since {skip.reason}" for skip in found.skipped if skip.is_hooked and skip.kind in kinds]
+    if hooked:
+        logger.warning(
+            f"Not slimmed, so that what was asked for is removed from the other modules alone: {'; '.join(hooked)}."
+        )
 
 
 def _read_entries(entries: Iterable[dict[str, Any]], found: Discovery) -> Iterator[_Wish]:

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from trainers import HALF, dropout_free, make_loop, take_steps
 
 from hf_slim import SlimConfig, Slimmer, model_slim, save_slimmed
+from hf_slim.compaction.optimizer_state import refuse_other_units
 from hf_slim.compaction.zeros import find_zero_units
 
 ALL = range(1, 13)
@@ -196,6 +198,57 @@ def test_a_branch_with_as_many_units_left_without_its_weights_is_an_error():
     one[2].load_state_dict(two[2].state_dict())
     with pytest.raises(RuntimeError, match=WITHOUT_WEIGHTS):
         take_steps(*one[:2], [6])
+
+
+@pytest.mark.parametrize("live", [True, "auto"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("taken", "at"), [(0, 5), (9, 5), (9, 1)])
+def test_a_state_of_the_optimizer_without_its_weights_is_an_error(taken, at, fused, live):
+    """In a model of the full size that of a slim one, in a slim one that of a less slim one and of the full size."""
+    make = partial(torch.optim.AdamW, lr=1e-3, fused=fused)
+    other, other_optimizer, _ = make_loop(slim_live=live, make=make)
+    take_steps(other, other_optimizer, range(1, at + 1))
+    model, optimizer, slimmer = make_loop(slim_live=live, make=make)
+    take_steps(model, optimizer, range(1, taken + 1))
+    own, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(other_optimizer.state_dict()))
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match="The state of AdamW is that of a model with .* units in .* load all three"
+        ):
+            take_steps(model, optimizer, [taken + 1])
+    assert slimmer.step == taken
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    optimizer.load_state_dict(own)
+    optimizer.zero_grad()
+    take_steps(model, optimizer, range(taken + 1, 13))
+    whole = make_loop(slim_live=live, make=make)
+    take_steps(*whole[:2], ALL)
+    assert_same(model, whole[0])
+
+
+def test_a_state_that_is_smaller_by_its_kind_is_none_of_other_sizes():
+    """An optimizer that keeps low-rank moments of matrices, as GaLore does."""
+    model, _, slimmer = make_loop(slim_live=False)
+    optimizer = slimmer.attached_to
+    take_steps(model, optimizer, [1])
+    structures = [slimmer.shape.find_current(name) for name in slimmer.masks]
+    for parameter, state in optimizer.state.items():
+        if parameter.dim() == 2:
+            short = 0 if parameter.shape[0] <= parameter.shape[1] else 1
+            state["exp_avg"] = state["exp_avg"].narrow(short, 0, min(4, parameter.shape[short]))
+    refuse_other_units(optimizer, model, structures)
+
+
+def test_zeros_are_written_into_a_state_that_is_loaded():
+    model, optimizer, slimmer = make_loop(slim_live=False)
+    take_steps(model, optimizer, [1])
+    early = copy.deepcopy(optimizer.state_dict())
+    take_steps(model, optimizer, range(2, 13))
+    optimizer.load_state_dict(early)
+    slimmer.max_steps = 13
+    take_steps(model, optimizer, [1])
+    assert slimmer.restore_zeros(model, optimizer) == []
 
 
 def test_zeros_that_loaded_weights_do_not_have_are_told_of(caplog):

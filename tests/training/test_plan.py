@@ -1,5 +1,7 @@
 """What a training is to remove, and when: from a SlimConfig or from auto-slim entries."""
 
+import re
+
 import pytest
 import torch
 from conftest import build
@@ -54,3 +56,17 @@ def test_settings_come_back_from_their_state():
     assert from_state(None) is None
     with pytest.raises(ValueError, match="'ffn_sparsity' is not a field of SlimConfig"):
         from_state({"ffn_sparsity": 0.5})
+
+
+@pytest.mark.parametrize("kind", ["ffn2_sparsity", "mha_sparsity", "slim_target_params"])
+def test_what_is_left_alone_for_a_hook_of_somebody_is_told(kind, caplog):
+    model = build("gpt2")
+    model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda module, args, output: output * 2)
+    make_plan(
+        model,
+        SlimConfig(**{kind: 0.9 if "target" in kind else 0.5}, slim_round_to=8),
+        10,
+        found=find_structures(model),
+    )
+    told = r"Not slimmed, .* alone: transformer\.h\.0\.mlp, since a hook on .*c_proj \(.*<lambda>\)"
+    assert bool(re.search(told, caplog.text)) == (kind != "mha_sparsity")

@@ -22,6 +22,24 @@ _KNOWN = frozenset(("torch", "transformers", "peft", "accelerate", "deepspeed", 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
+def find_hook(model: nn.Module, path: str, structure: Structure) -> str | None:
+    """Find a hook of somebody's own on a module whose code a structure's values go through.
+
+    Args:
+        model: The model.
+        path: Dotted name of the module that matched a layout.
+        structure: What was read from it.
+
+    Returns:
+        The reason to leave the structure alone, None if there is none.
+    """
+    module = find_child(model, path)
+    assert module is not None
+    parts = dict(_parts(module, relative(structure, path)))
+    hooks = (_find_hook(join(path, name), part) for name, part in parts.items() if name)
+    return next((reason for reason in hooks if reason is not None), None)
+
+
 def find_strange(model: nn.Module, path: str, structure: Structure) -> str | None:
     """Find out whether code of somebody's own makes the units of a structure depend on one another.
 
@@ -39,10 +57,6 @@ def find_strange(model: nn.Module, path: str, structure: Structure) -> str | Non
     module = find_child(model, path)
     assert module is not None
     parts = dict(_parts(module, relative(structure, path)))
-    hooks = (_find_hook(join(path, name), part) for name, part in parts.items() if name)
-    hooked = next((reason for reason in hooks if reason is not None), None)
-    if hooked is not None:
-        return hooked
     mixed = next(_find_mixed_activations(parts), None) if structure.kind == "ffn" else None
     if mixed is None and all(_is_known(part) for part in parts.values()):
         return None

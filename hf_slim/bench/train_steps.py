@@ -23,12 +23,15 @@ PRUNING_STEPS = 13
 """How many there are with the default settings in a long training."""
 _FAR = 10**6
 _RATE = 1e-5
+_NEVER = {"slim_start": _FAR - 1, "slim_end": _FAR}
 _EVERY_STEP = {"slim_start": 2, "slim_end": PRUNING_STEPS + 1, "slim_frequency": 1}
 _AT_ONCE = {"slim_start": 1, "slim_end": 1, "slim_schedule": "oneshot"}
 STEPS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "teacher": None,
-    "scoring": {"slim_start": _FAR - 1, "slim_end": _FAR},
+    "scoring": _NEVER,
+    "scoring snip": {**_NEVER, "slim_criterion": "snip_momentum"},
+    "scoring fisher": {**_NEVER, "slim_criterion": "fisher"},
     "pruning": _EVERY_STEP,
     "pruning live": _EVERY_STEP,
     "masked": _AT_ONCE,
@@ -96,7 +99,8 @@ class TrainStep:
 def make_steps(case: Case, kinds: Iterable[str]) -> dict[str, TrainStep]:
     """Make train steps of several kinds.
 
-    `plain`, `teacher` (as plain, but the model learns from a copy of it), `scoring` (before the first pruning step),
+    `plain`, `teacher` (as plain, but the model learns from a copy of it), `scoring` (before the first pruning step,
+    by the default criterion), `scoring snip` and `scoring fisher` (by `snip_momentum`, and by what budgets go by),
     `pruning` (every step but the first drops units, until the target is reached) and `masked` (after the last pruning
     step) share one dense model and its optimizer, so that they differ in nothing else; zeros do not change how long a
     matrix product takes. `pruning live` removes the units at once from a model of its own, and proves it on the batch;
@@ -142,7 +146,11 @@ def measure_train(case: Case) -> Iterator[dict[str, Any]]:
     """
     ideal_live = case.count_flops(backward=True) / case.count_flops(slim=True, backward=True)
     phases = (
-        (("plain", "teacher", "scoring", "masked", "live"), case.arguments.repeats, 3),
+        (
+            ("plain", "teacher", "scoring", "scoring snip", "scoring fisher", "masked", "live"),
+            case.arguments.repeats,
+            3,
+        ),
         (("plain", "pruning", "pruning live"), PRUNING_STEPS, 1),
     )
     for kinds, rounds, warm_up in phases:

@@ -148,9 +148,9 @@ def refuse_other_units(optimizer: Any, model: nn.Module, structures: Iterable[St
         if len(counts) == 1 and structure.units not in counts:
             ((count, where_told),) = counts.items()
             raise RuntimeError(
-                f"The state of {type(inner).__name__} is that of a model with {count} units in {structure.name}, and this "
-                f"one has {structure.units}: {where_told}. Weights, optimizer and Slimmer have to be of the same "
-                "checkpoint: load all three, or leave the optimizer's state as it was made."
+                f"The state of {type(inner).__name__} is that of a model with {count} units in {structure.name}, "
+                f"which has {structure.units} here: {where_told}. Weights, optimizer and Slimmer have to be of "
+                "the same checkpoint: load all three, or leave the optimizer's state as it was made."
             )
 
 

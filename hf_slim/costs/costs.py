@@ -77,7 +77,7 @@ class BudgetReport:
 
     Args:
         unit: `parameters`, `FLOPs` or `ms`.
-        dense: What the dense model has.
+        dense: What the model had before: what a fraction is of.
         asked: What the slim model was to have at most.
         got: What it has.
     """
@@ -93,7 +93,7 @@ class BudgetReport:
         asked, got, dense = (format(value, spec) for value in (self.asked, self.got, self.dense))
         return (
             f"{asked} {self.unit} asked ({self._share(self.asked)}), {got} got ({self._share(self.got)}) "
-            f"of {dense} that the dense model has"
+            f"of {dense} before"
         )
 
     def _share(self, value: float) -> str:

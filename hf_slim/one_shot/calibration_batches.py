@@ -127,8 +127,8 @@ def naming_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Ite
     except RUN_ERRORS as error:
         shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in batch.items() if isinstance(v, torch.Tensor))
         raise ValueError(
-            f"{type(model).__name__} cannot run on calibration batch {number}, of {shapes or ', '.join(batch)}: {error}"
-            ". Look at whether its tokens are in the model's vocabulary, and no sequence longer than the model takes "
+            f"{type(model).__name__} cannot run on calibration batch {number}, of {shapes}: {error}. "
+            "Look at whether its tokens are in the model's vocabulary, and no sequence longer than the model takes "
             "(max_seq_length)."
         ) from error
 

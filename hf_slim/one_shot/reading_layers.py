@@ -164,8 +164,8 @@ class Watch(TorchFunctionMode):
 
 def _find_gathered(source: torch.Tensor, *index: Any) -> Gathered | None:
     """Which rows of a matrix are taken: `matrix[rows]`, `matrix[None, rows]` or `index_select(0, rows)`."""
-    parts = index[0] if isinstance(index[0], tuple) else index[1:] if type(index[0]) is int else index
-    parts = [part for part in parts if part is not None]
+    given = index[0] if isinstance(index[0], tuple) else index[1:] if type(index[0]) is int else index
+    parts = [part for part in given if part is not None]
     rows = parts[0] if len(parts) == 1 else None
     if not isinstance(rows, torch.Tensor) or source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
         return None

@@ -88,7 +88,14 @@ def take_positions(tensor: torch.Tensor, dim: int, keep: torch.Tensor) -> torch.
 
 
 def _rows_of_a_tile(tensor: torch.Tensor) -> int:
-    """How many rows of a tensor make a tile; never more than a quarter of them, where there are so many."""
-    tile = _CPU_TILE if tensor.device.type == "cpu" else _DEVICE_TILE
+    """How many rows of a tensor make a tile.
+
+    Never more than a quarter of them, where there are so many, but for small tensors elsewhere than on a CPU: there
+    each tile is a kernel, and starting it is all that it takes.
+    """
+    is_cpu = tensor.device.type == "cpu"
+    tile = _CPU_TILE if is_cpu else _DEVICE_TILE
     rows = len(tensor)
+    if not is_cpu and 0 < tensor.numel() <= tile:
+        return rows
     return max(1, min(tile * rows // max(1, tensor.numel()), -(-rows // 4)))

@@ -49,7 +49,8 @@ class Member:
         """
         units, size = self.index.shape
         if self._begin is not None:
-            return values.narrow(0, self._begin, units * size).view(units, size).sum(1)
+            own = values.narrow(0, self._begin, units * size)
+            return own if size == 1 else own.view(units, size).sum(1)
         if values.device not in self._moved:
             self._moved[values.device] = self.index.to(values.device)
         taken = values.index_select(0, self._moved[values.device].flatten())

@@ -8,14 +8,18 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..arguments import BUDGET_CRITERION, Budget, CriterionName, ScopeName, SlimConfig
+from ..compaction import find_pretrained, has_record
 from ..costs import BudgetReport, Costs, Kept, find_costs
 from ..parallel import run_in_first_process
 from ..structures import Masks, Structure
 from .budget_selection import find_floors, select_within
 from .schedule import Schedule
 from .unit_selection import multiple_of
+
+logger = logging.get_logger(__name__)
 
 _CLOSE = 0.02
 """How far from what was asked a measured time may be."""
@@ -157,15 +161,26 @@ def make_budget_target(
     spec = ".3f" if budget.unit == "ms" else ",.0f"
     if asked >= costs.dense:
         raise ValueError(
-            f"{budget.field}={budget.value:{spec}} asks for no less than the dense model has, "
+            f"{budget.field}={budget.value:{spec}} asks for no less than the model has, "
             f"{costs.dense:{spec}} {budget.unit}: make it smaller."
         )
     if asked < least:
         raise ValueError(
             f"{budget.field}={getattr(config, budget.field)} is unreachable: with slim_round_to={round_to}, "
             f"slim_min_heads={min_heads} and a twentieth of every layer kept, {least:{spec}} {budget.unit}, "
-            f"{least / costs.dense:.4g} of the dense model's {costs.dense:{spec}}, is the least. Raise it, or lower "
-            "slim_round_to or slim_min_heads."
+            f"{least / costs.dense:.4g} of the {costs.dense:{spec}} that the model has, is the least. Raise it, or "
+            "lower slim_round_to or slim_min_heads."
+        )
+    if budget.is_fraction and not sizes and _is_slim(model):
+        logger.warning(
+            f"{budget.field}={getattr(config, budget.field)} is taken of what the model has now, {costs.dense:{spec}} "
+            f"{budget.unit}, so {asked:{spec}} are asked for: its config says that layers have sizes of their own, as "
+            "after an earlier slimming. For a fraction of the model that it was made from, give a number."
         )
     schedule = Schedule(steps, 1 - asked / costs.dense, config.slim_schedule)
     return BudgetTarget(tuple(structures), schedule, budget, costs, round_to, min_heads)
+
+
+def _is_slim(model: nn.Module) -> bool:
+    configs = [part.config for part in find_pretrained(model)]
+    return any(has_record(config) or bool(config.to_dict().get("per_layer_config")) for config in configs)

@@ -47,7 +47,8 @@ def score_structures(
     for name, members in scored.items():
         parts = [m.sum_units(sums[m.tensor, m.dim]) for m in members]
         if criterion in _FIRST_ORDER:
-            scores[name] = _FIRST_ORDER[criterion](torch.stack(parts).sum(0))
+            whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+            scores[name] = _FIRST_ORDER[criterion](whole)
         else:
             sizes = [_weights_per_unit(model, m) for m in members]
             scores[name] = torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).mean(0)
@@ -72,7 +73,7 @@ def smooth_scores(previous: torch.Tensor | None, current: torch.Tensor, smoothin
 
 _PRODUCTS: dict[CriterionName, Callable[..., torch.Tensor]] = {
     "magnitude": torch.abs,
-    "snip_momentum": lambda weight, gradient: (weight * gradient).abs(),
+    "snip_momentum": lambda weight, gradient: weight.mul(gradient).abs_(),
     "taylor": torch.mul,
     "fisher": torch.mul,
 }

@@ -11,6 +11,8 @@ from hf_slim.bench.shapes import Case, make_cases
 from hf_slim.bench.train_steps import PRUNING_STEPS, STEPS, make_steps
 from hf_slim.structures import find_structures, get_tensor
 
+SCORING = ("scoring", "scoring snip", "scoring fisher")
+
 
 @pytest.fixture
 def case(tmp_path) -> Case:
@@ -35,15 +37,15 @@ def _zeros(model: torch.nn.Module) -> list[int]:
 
 def test_what_each_kind_does(case):
     steps = make_steps(case, STEPS)
-    assert list(steps) == ["plain", "teacher", "scoring", "pruning", "pruning live", "masked", "live"]
-    shared = {steps[kind].model for kind in ("plain", "teacher", "scoring", "pruning", "masked")}
+    assert list(steps) == ["plain", "teacher", *SCORING, "pruning", "pruning live", "masked", "live"]
+    shared = {steps[kind].model for kind in ("plain", "teacher", *SCORING, "pruning", "masked")}
     assert len({steps[kind].model for kind in steps}) == 3 and len(shared) == 1
     (model,) = shared
     units = [s.units for s in find_structures(model).structures]
     teacher = steps["teacher"].distiller.teacher
     before = [parameter.clone() for parameter in teacher.parameters()]
     assert teacher is not model
-    for kind in ("plain", "teacher", "scoring"):
+    for kind in ("plain", "teacher", *SCORING):
         steps[kind]()
         assert _zeros(model) == [0, 0]
     steps["pruning"]()
@@ -54,6 +56,8 @@ def test_what_each_kind_does(case):
     assert steps["pruning"].slimming.has_reached_target
     steps["live"]()
     assert [s.units for s in find_structures(steps["live"].model).structures] == [2, 64]
-    assert [len(step.extra) for step in steps.values()] == [1, 1, 1, PRUNING_STEPS + 1, 0, 0, 1]
+    assert [len(step.extra) for step in steps.values()] == [1, 1, 1, 1, 1, PRUNING_STEPS + 1, 0, 0, 1]
     assert all(map(torch.equal, teacher.parameters(), before))
-    assert steps["plain"].extra == [0.0] and steps["scoring"].extra[0] > 0
+    assert steps["plain"].extra == [0.0] and all(steps[kind].extra[0] > 0 for kind in SCORING)
+    criteria = [steps[kind].slimming.plan.targets[0].criterion for kind in SCORING]
+    assert criteria == ["taylor", "snip_momentum", "fisher"]

@@ -308,6 +308,22 @@ def test_slimming_again_goes_on_from_what_is_there() -> None:
     assert [size.after for size in report.structures] == [1, 16] * 2
 
 
+def test_a_fraction_is_of_what_the_model_has_that_is_slim_already(tmp_path, caplog) -> None:
+    model = build("llama")
+    rows, half = make_rows(model), SlimConfig(slim_target_params=0.8, slim_round_to=8)
+    first = slim(model, rows, half, num_calibration_samples=24)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert "is taken of what the model has now" not in caplog.text
+    caplog.clear()
+    second = slim(loaded, rows, replace(half, slim_target_params=0.9), num_calibration_samples=24)
+    before = first.parameters_after
+    assert second.budget.dense == second.parameters_before == before < first.parameters_before
+    assert second.budget.got <= 0.9 * before
+    told = f"slim_target_params=0.9 is taken of what the model has now, {before:,} parameters, so {0.9 * before:,.0f}"
+    assert told in caplog.text and f"of {before:,} before" in str(second)
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 

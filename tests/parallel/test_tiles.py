@@ -67,3 +67,13 @@ def test_copies(shape, dim, block, dtype):
         assert taken.is_contiguous()
         assert taken.untyped_storage().nbytes() == taken.numel() * taken.element_size()
     assert take_positions(tensor.to("meta"), dim, keep).shape == taken.shape
+
+
+def test_a_small_tensor_elsewhere_than_on_a_cpu_is_one_tile_and_a_large_one_never():
+    for device, shape, rows in (
+        ("meta", (1024, 4096), 1024),
+        ("meta", (1025, 4096), 257),
+        ("meta", (0, 8), 1),
+        ("cpu", (4, 1), 1),
+    ):
+        assert tiles._rows_of_a_tile(torch.empty(shape, device=device)) == rows

@@ -97,12 +97,12 @@ def test_a_count_is_what_it_says():
         (
             {"slim_target_params": 0.1, "slim_round_to": 8},
             r"slim_target_params=0.1 is unreachable: with slim_round_to=8, slim_min_heads=1 and a twentieth of every "
-            r"layer kept, 24,322 parameters, 0.6419 of the dense model's 37,890, is the least",
+            r"layer kept, 24,322 parameters, 0.6419 of the 37,890 that the model has, is the least",
         ),
         ({"slim_target_flops": 1000}, r"slim_target_flops=1000 is unreachable: with slim_round_to=32"),
         (
             {"slim_target_params": 99_999},
-            "=99,999 asks for no less than the dense model has, 37,890 parameters",
+            "=99,999 asks for no less than the model has, 37,890 parameters",
         ),
         (
             {"slim_target_params": 0.9, "slim_exclude": [".*"]},

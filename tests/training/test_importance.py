@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_slim.parallel.shards import find_shards
 from hf_slim.structures.discovery import find_structures
@@ -95,3 +96,32 @@ def test_fisher_is_the_square_of_what_taylor_is_the_size_of(model, kind):
     structure = find_structures(model).of_kind(kind)[0]
     taylor = score_units(model, structure, "taylor")
     torch.testing.assert_close(score_units(model, structure, "fisher"), taylor**2)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that write, which on a device are the kernels that are started."""
+
+    VIEWS = ("detach", "split", "slice", "view", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count it."""
+        self.count += not func.overloadpacket.__name__.startswith(self.VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_elsewhere_than_on_a_cpu_a_structure_costs_few_kernels(criterion):
+    model = build("bert").to("meta")
+    structures, shards = find_structures(model).structures, find_shards(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    for kind, kernels in (("ffn", 4), ("mha", 5)):  # zeros, a product, a sum (of heads two), and the score of it
+        ones = [s for s in structures if s.kind == kind]
+        score_structures(model, ones, criterion, shards)
+        with Counter() as counter:
+            score_structures(model, ones, criterion, shards)
+        assert counter.count == kernels * len(ones)

@@ -265,6 +265,7 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary | None, config: Any) -
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
     writer.add_add_bos_token(vocabulary.adds_begin)
+    writer.add_add_eos_token(vocabulary.adds_end)
     for name, number in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     if vocabulary.chat_template:

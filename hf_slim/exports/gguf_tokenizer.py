@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+Parts = Mapping[str, Any]
+"""What a file `tokenizer.json` holds."""
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITTINGS = {_WORD + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORD + r"\p{N}" + _REST: "qwen2"}
 """What llama.cpp calls the expressions by which a tokenizer splits text into words."""
+_WITHOUT = "Export a copy of the folder without its tokenizer files for a file that takes token ids."
 _NORMAL, _CONTROL, _OWN, _UNUSED = 1, 3, 4, 5
 """Kinds of tokens in GGUF."""
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
@@ -24,7 +27,8 @@ class Vocabulary(NamedTuple):
         merges: The merges, in their order, as two tokens with a space between them.
         splitting: What llama.cpp calls the way in which text is split into words.
         special: The ids of the special tokens, by what GGUF calls them.
-        adds_begin: Whether every text begins with the first of them.
+        adds_begin: Whether every text begins with the special token for that.
+        adds_end: Whether every text ends with the special token for that.
         chat_template: How a conversation is written; None if the tokenizer does not say.
     """
 
@@ -34,6 +38,7 @@ class Vocabulary(NamedTuple):
     splitting: str
     special: dict[str, int]
     adds_begin: bool
+    adds_end: bool
     chat_template: str | None
 
 
@@ -54,6 +59,8 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary | None:
         return None
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     splitting = _find_splitting(parts)
+    _check_text_is_kept(parts)
+    adds_begin, adds_end = _find_added_tokens(tokenizer)
     numbers = tokenizer.get_vocab()
     names = {number: token for token, number in numbers.items()}
     if max(names, default=0) >= size:
@@ -61,34 +68,73 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary | None:
     added = {entry["id"]: _CONTROL if entry["special"] else _OWN for entry in parts["added_tokens"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
     special = {name: getattr(tokenizer, field) for name, field in _SPECIAL.items()}
-    begin = tokenizer("a")["input_ids"][:1]
     return Vocabulary(
         tokens=[names.get(number, f"[PAD{number}]") for number in range(size)],
         kinds=[added.get(number, _NORMAL if number in names else _UNUSED) for number in range(size)],
         merges=merges or [f"{names[0]}{names[0]} {names[0]}"],  # llama.cpp wants one; this one never happens
         splitting=splitting,
         special={name: number for name, number in special.items() if number is not None},
-        adds_begin=tokenizer.bos_token_id is not None and begin == [tokenizer.bos_token_id],
+        adds_begin=adds_begin,
+        adds_end=adds_end,
         chat_template=getattr(tokenizer, "chat_template", None),
     )
 
 
-def _find_splitting(parts: Mapping[str, Any]) -> str:
+def _check_text_is_kept(parts: Parts) -> None:
+    """Refuse a tokenizer that changes the text before it splits it, or its tokens, as llama.cpp would not."""
+    model, found = parts["model"], None
+    normalizer = (parts["normalizer"] or {"type": "NFC"})["type"]
+    if normalizer != "NFC":
+        found = f"changes the text by {normalizer}"
+    elif any(step.get("add_prefix_space") for step in _list_steps(parts)):
+        found = "puts a space before the text (add_prefix_space)"
+    elif model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
+        found = "marks the ends or the middles of words"
+    if found:
+        raise ValueError(f"The tokenizer {found}, which llama.cpp does not do. {_WITHOUT}")
+
+
+def _find_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether texts begin and end with the special tokens for that; anything else that is added is refused."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for adds_begin, adds_end in ((False, False), (True, False), (False, True), (True, True)):
+        if whole == [begin] * adds_begin + plain + [end] * adds_end:
+            return adds_begin, adds_end
+    raise ValueError(
+        f"The tokenizer makes {whole} of a text that is {plain}: llama.cpp can add a bos_token before it and an "
+        f"eos_token after it, and nothing else. {_WITHOUT}"
+    )
+
+
+def _list_steps(parts: Parts) -> list[Mapping[str, Any]]:
+    """The steps in which a tokenizer splits text into words."""
+    before = parts["pre_tokenizer"] or {}
+    return before.get("pretokenizers", [before])
+
+
+def _find_splitting(parts: Parts) -> str:
     """What llama.cpp calls the way in which a tokenizer splits text into words."""
-    model, before = parts["model"], parts["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
-    if model.get("type") == "BPE" and byte_level and not model.get("byte_fallback"):
+    model, steps = parts["model"], _list_steps(parts)
+    kinds = [step.get("type") for step in steps]
+    if model.get("type") == "BPE" and "ByteLevel" in kinds and not model.get("byte_fallback"):
+        by_words = steps[-1].get("use_regex", True)
         if not model["merges"]:
             return "gpt-2"  # single bytes, whatever the words are
-        if not patterns and byte_level[0].get("use_regex", True):
+        if kinds == ["ByteLevel"] and by_words:
             return "gpt-2"
-        if len(patterns) == 1 and patterns[0] in _SPLITTINGS:
-            return _SPLITTINGS[patterns[0]]
-    kinds = ", ".join(str(step.get("type")) for step in steps)
+        if kinds == ["Digits", "ByteLevel"] and by_words and steps[0]["individual_digits"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not by_words and _is_plain(steps[0]):
+            return _SPLITTINGS[steps[0]["pattern"]["Regex"]]
     raise ValueError(
-        f"The tokenizer ({model.get('type')} after {kinds}) is none of those that can be written: byte-level BPE that "
-        "splits text as GPT-2, Llama 3 or Qwen2 do. Export a copy of the folder without its tokenizer files for a "
-        "file that takes token ids."
+        f"The tokenizer ({model.get('type')} after {', '.join(map(str, kinds))}) is none of those that can be "
+        f"written: byte-level BPE that splits text as GPT-2, Llama 3, Qwen2 or SmolLM do. {_WITHOUT}"
     )
+
+
+def _is_plain(step: Mapping[str, Any]) -> bool:
+    """Whether a step splits text by an expression that llama.cpp knows, and keeps all of it."""
+    known = step["pattern"].get("Regex") in _SPLITTINGS
+    return known and step["behavior"] == "Isolated" and not step["invert"]

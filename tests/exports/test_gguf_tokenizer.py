@@ -1,7 +1,7 @@
 """What a GGUF file says of a tokenizer."""
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from hf_slim.cli.tokenizer import make_byte_tokenizer
@@ -12,10 +12,14 @@ QWEN2 = (
 )
 
 
-def make_tokenizer(pattern, byte_level=True, begin=None):
+def make_tokenizer(pattern, byte_level=True, begin=None, normalizer=None, template=None, **fields):
     """A tokenizer of five tokens and two merges that splits text by a pattern."""
     vocabulary = {"<s>": 0, "a": 1, "b": 2, "ab": 3, "abb": 4}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("ab", "b")]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("ab", "b")], **fields))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("b", 2)])
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     if byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
@@ -35,6 +39,50 @@ def test_the_way_of_splitting_has_a_name(pattern, name):
     assert vocabulary.merges == ["a b", "ab b"]
     assert vocabulary.special == {"eos": 0}
     assert not vocabulary.adds_begin
+    assert not vocabulary.adds_end
+
+
+def test_single_digits_have_a_name():
+    tokenizer = make_tokenizer(None)
+    words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    assert read_vocabulary(tokenizer, 5).splitting == "smollm"
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(False), words[1]])
+    with pytest.raises(ValueError, match=r"The tokenizer \(BPE after Digits, ByteLevel\) is none of those"):
+        read_vocabulary(tokenizer, 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "begin", "expected"),
+    [("<s> $A", "<s>", (True, False)), ("$A <s>", None, (False, True)), ("<s> $A <s>", "<s>", (True, True))],
+)
+def test_what_is_added_to_texts_is_written(template, begin, expected):
+    vocabulary = read_vocabulary(make_tokenizer(QWEN2, begin=begin, template=template), 5)
+    assert (vocabulary.adds_begin, vocabulary.adds_end) == expected
+
+
+def test_composed_text_is_taken():
+    assert read_vocabulary(make_tokenizer(QWEN2, normalizer=normalizers.NFC()), 5).splitting == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": normalizers.Lowercase()}, "The tokenizer changes the text by Lowercase, which llama.cpp does"),
+        ({"end_of_word_suffix": "</w>"}, "The tokenizer marks the ends or the middles of words, which llama.cpp does"),
+        ({"template": "$A b"}, r"makes \[1, 2\] of a text that is \[1\]: llama.cpp can add a bos_token before it"),
+    ],
+)
+def test_what_llama_cpp_does_not_do_to_text_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"{message}.*Export a copy of the folder without its tokenizer files"):
+        read_vocabulary(make_tokenizer(QWEN2, **changes), 5)
+
+
+def test_a_space_before_the_text_is_refused():
+    tokenizer = make_tokenizer(None)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match="The tokenizer puts a space before the text .* which llama.cpp does not do"):
+        read_vocabulary(tokenizer, 5)
 
 
 def test_single_bytes_have_a_merge_that_never_happens():

@@ -32,7 +32,6 @@ from trainers import make_dpo_trainer, make_grpo_trainer
 from way_models import FAMILIES, save_way_model
 from ways import Subject, UnsupportedError, by_quantization_config, by_transformers, by_trl
 
-TIMEOUT = 300.0
 EXACT = 1e-4
 COLUMNS = ("BERT", "GPT-2", "Llama", "T5", "ViT")
 START, END = "<!-- table -->", "<!-- end of table -->"
@@ -96,7 +95,7 @@ STATES = {"refused": "refused", "dense, too": "refused, dense too", "none": "non
 """What the table says of a cell that is no number, before the number of the message."""
 
 
-def try_way(name: str, family: str, shape: str, folder: Path) -> Cell:
+def try_way(name: str, family: str, shape: str, folder: Path, limit: float) -> Cell:
     """Run one way for one family and shape; where it fails, or rounds, for the dense model, too.
 
     Args:
@@ -104,28 +103,31 @@ def try_way(name: str, family: str, shape: str, folder: Path) -> Cell:
         family: A name in `FAMILIES`.
         shape: One of the shapes of the way.
         folder: Where to write.
+        limit: How many seconds each model may take.
 
     Returns:
         What became of it.
     """
     way = WAYS[name]
-    kind, value = _run_apart(way.run, family, shape, folder)
+    kind, value = _run_apart(way.run, family, shape, folder, limit)
     if kind in ("none", "late"):
         return Cell(kind, value)
     if kind == "works" and not way.rounds:
         return Cell("works", value) if float(value) <= EXACT else Cell("refused", f"off by {value}")
-    dense_kind, dense = _run_dense(name, family, folder)
+    dense_kind, dense = _run_dense(name, family, folder, limit)
     if kind == "works":
         return Cell("works", f"{value} (dense {dense if dense_kind == 'works' else 'fails'})")
     return Cell("dense, too" if dense_kind == "fails" else "refused", value)
 
 
 @functools.cache
-def _run_dense(name: str, family: str, folder: Path) -> tuple[str, str]:
-    return _run_apart(WAYS[name].run, family, "dense", folder)
+def _run_dense(name: str, family: str, folder: Path, limit: float) -> tuple[str, str]:
+    return _run_apart(WAYS[name].run, family, "dense", folder, limit)
 
 
-def _run_apart(run: Callable[[Subject], float], family: str, shape: str, folder: Path) -> tuple[str, str]:
+def _run_apart(
+    run: Callable[[Subject], float], family: str, shape: str, folder: Path, limit: float
+) -> tuple[str, str]:
     """Run it in a process of its own, so that a crash or a hang is a verdict, too."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -133,7 +135,7 @@ def _run_apart(run: Callable[[Subject], float], family: str, shape: str, folder:
     process.start()
     sender.close()
     try:
-        answer = receiver.recv() if receiver.poll(TIMEOUT) else ("late", f"not finished after {TIMEOUT:.0f} s")
+        answer = receiver.recv() if receiver.poll(limit) else ("late", f"not finished after {limit:.0f} s")
     except EOFError:
         answer = ("fails", "the process crashed")
     process.kill()
@@ -217,13 +219,16 @@ def write_page(cells: dict[tuple[str, str, str], Cell], page: Path) -> None:
     page.write_text(f"{before}{start}\n{make_table(cells)}\n\n{name_versions()}\n{end}{after}", encoding="utf-8")
 
 
-def sweep(names: Iterable[str], families: Iterable[str], kept: Path | None) -> dict[tuple[str, str, str], Cell]:
+def sweep(
+    names: Iterable[str], families: Iterable[str], kept: Path | None, limit: float
+) -> dict[tuple[str, str, str], Cell]:
     """Try the ways, one after another.
 
     Args:
         names: Names in `WAYS`.
         families: Names in `FAMILIES`.
         kept: The file of what has been run.
+        limit: How many seconds each model may take on each way.
 
     Returns:
         The cells by way, family and shape.
@@ -235,10 +240,10 @@ def sweep(names: Iterable[str], families: Iterable[str], kept: Path | None) -> d
     jobs = [(name, family, shape) for name in names for family in families for shape in WAYS[name].shapes]
     with tempfile.TemporaryDirectory() as folder, tqdm(jobs, unit="cell") as bar:
         for name, family, shape in bar:
-            if (name, family, shape) in found:
+            if (name, family, shape) in found and found[name, family, shape].state != "late":
                 continue
             bar.set_postfix_str(f"{name}, {family}, {shape}")
-            cell = found[name, family, shape] = try_way(name, family, shape, Path(folder))
+            cell = found[name, family, shape] = try_way(name, family, shape, Path(folder), limit)
             bar.write(f"{name}, {family}, {shape}: {cell.state}, {cell.text}")
             if kept:
                 kept.write_text(json.dumps({"|".join(key): cell for key, cell in found.items()}, indent=1))
@@ -256,11 +261,12 @@ def main() -> None:
     parser.add_argument("--families", type=lambda text: text.split(","), default=list(COLUMNS))
     parser.add_argument("--json", type=Path, help="keep what has been run there, and go on from it")
     parser.add_argument("--write", type=Path, help="put the table into this page")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds that each model may take on each way")
     flags = parser.parse_args()
     unknown = [name for name in flags.ways if name not in WAYS] + [f for f in flags.families if f not in FAMILIES]
     if unknown:
         parser.error(f"{', '.join(unknown)}: the ways are {'; '.join(WAYS)}, the families {', '.join(COLUMNS)}")
-    cells = sweep(flags.ways, flags.families, flags.json)
+    cells = sweep(flags.ways, flags.families, flags.json, flags.limit)
     print(make_table(cells))
     if flags.write:
         write_page(cells, flags.write)

@@ -1,5 +1,7 @@
 """Slim models leave PyTorch and transformers: the cheap ways, and what the sweep of all of them says of each."""
 
+import time
+
 import pytest
 import torch
 import ways
@@ -96,7 +98,17 @@ def caused(error, cause):
 def test_every_outcome_has_its_cell(differences, rounds, expected, tmp_path, monkeypatch):
     monkeypatch.setitem(ways_out.WAYS, "way", ways_out.Way(answer(differences), rounds=rounds))
     monkeypatch.setattr(ways_out, "save_way_model", lambda family, shape, folder: torch.nn.Linear(2, 2))
-    assert ways_out.try_way("way", "BERT", "uniform", tmp_path) == expected
+    assert ways_out.try_way("way", "BERT", "uniform", tmp_path, 60.0) == expected
+
+
+def test_a_cell_that_takes_too_long_says_so_and_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ways_out, "save_way_model", lambda family, shape, folder: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(ways_out, "SLOW_TO_IMPORT", ())
+    found = []
+    for way, limit in ((lambda subject: time.sleep(60), 1.0), (answer({"uniform": 1e-6}), 60.0), (answer({}), 60.0)):
+        monkeypatch.setitem(ways_out.WAYS, "way", ways_out.Way(way, shapes=("uniform",)))
+        found += ways_out.sweep(["way"], ["BERT"], tmp_path / "kept.json", limit).values()
+    assert found == [("late", "not finished after 1 s"), ("works", "1.0e-06"), ("works", "1.0e-06")]
 
 
 def test_the_table_goes_between_its_marks(tmp_path):

@@ -19,7 +19,9 @@ def make_tokenizer(pattern, byte_level=True, begin=None, normalizer=None, templa
     if normalizer:
         tokenizer.normalizer = normalizer
     if template:
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("b", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 0), ("b", 2)]
+        )
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     if byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))

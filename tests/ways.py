@@ -105,6 +105,14 @@ def export_onnx(model: PreTrainedModel, path: Path) -> Path:
     return path
 
 
+def export_onnx_by_transformers(model: PreTrainedModel, path: Path) -> Path:
+    """Write an ONNX file by `OnnxExporter`, dynamic batch and length."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    OnnxExporter().export(model, make_way_batch(model), OnnxConfig(dynamic=True)).save_pretrained(path.parent)
+    return path
+
+
 def run_onnx(path: Path) -> Callable[[Batch], torch.Tensor]:
     """Load an ONNX file into onnxruntime."""
     import onnxruntime
@@ -115,7 +123,7 @@ def run_onnx(path: Path) -> Callable[[Batch], torch.Tensor]:
     names = [entry.name for entry in session.get_inputs()]
 
     def run(batch: Batch) -> torch.Tensor:
-        return torch.from_numpy(session.run(["logits"], {name: batch[name].numpy() for name in names})[0])
+        return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
 
     return run
 
@@ -156,7 +164,7 @@ def run_openvino(path: Path, int8: bool = False) -> Callable[[Batch], torch.Tens
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(converted, "CPU", settings)
     names = [entry.get_any_name() for entry in compiled.inputs]
-    return lambda batch: torch.from_numpy(np.array(compiled({name: batch[name].numpy() for name in names})["logits"]))
+    return lambda batch: torch.from_numpy(np.array(compiled({name: batch[name].numpy() for name in names})[0]))
 
 
 def openvino_by_onnx(subject: Subject) -> float:
@@ -285,16 +293,41 @@ def stock_config(subject: Subject) -> float:
 
 def llama_cpp(subject: Subject) -> float:
     """`export_gguf` and llama.cpp, weights in float16."""
+    return _compare_gguf(subject, subject.model)
+
+
+def llama_cpp_to_rounded(subject: Subject) -> float:
+    """The same, to the model whose matrices have been rounded to float16 as those of the file are."""
+    return _compare_gguf(subject, round_matrices(subject.model))
+
+
+@torch.no_grad()
+def round_matrices(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose matrices have been rounded to float16."""
+    rounded = copy.deepcopy(model)
+    for weight in rounded.parameters():
+        if weight.dim() == 2:
+            weight.copy_(weight.half())
+    return rounded
+
+
+def run_llama_cpp(path: Path, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """The logits that llama.cpp computes of one text."""
     import llama_cpp
 
-    path = export_gguf(subject.folder, subject.folder / "model.gguf")
-    loaded = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, logits_all=True, n_threads=1, verbose=False)
-    batch = make_way_batch(subject.model, 1, 20)
-    loaded.eval(batch["input_ids"][0].tolist())
-    found = torch.from_numpy(np.array(loaded.scores[:20]))
+    loaded = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, logits_all=True, n_threads=1, verbose=False, **settings)
+    loaded.eval(ids.tolist())
+    found = torch.from_numpy(np.array(loaded.scores[: len(ids)]))
     loaded.close()
+    return found
+
+
+def _compare_gguf(subject: Subject, expected: PreTrainedModel) -> float:
+    path = export_gguf(subject.folder, subject.folder / "model.gguf")
+    batch = make_way_batch(subject.model, 1, 20)
+    found = run_llama_cpp(path, batch["input_ids"][0])
     with torch.no_grad():
-        return float((found - subject.model(**batch).logits[0]).abs().max())
+        return float((found - expected(**batch).logits[0]).abs().max())
 
 
 # ----------------------------------------------------------------------------------------------- sentence-transformers

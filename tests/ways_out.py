@@ -58,6 +58,7 @@ WAYS = {
     "ExecuTorch, XNNPACK": Way(ways.executorch),
     "ExecuTorch by `ExecutorchExporter`": Way(by_transformers("Executorch")),
     "GGUF, llama.cpp, float16": Way(ways.llama_cpp, rounds=True),
+    "GGUF, to the weights in float16": Way(ways.llama_cpp_to_rounded, rounds=True),
     "PyTorch dynamic int8": Way(ways.torch_int8, rounds=True),
     "torchao, int8 weights": Way(by_quantization_config(ways.torchao_int8), rounds=True),
     "bitsandbytes, 8 bits": Way(by_quantization_config(ways.eight_bits), rounds=True),

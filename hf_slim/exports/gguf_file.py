@@ -32,6 +32,8 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 """What GGUF calls the modules, those of a layer without its number."""
+MATRICES = torch.float16
+"""What matrices are written as; vectors are written in float32."""
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _ROUNDING = 1e-3
 """What rounding to float16 may change of a tensor; it changes 0.0002 to 0.0005 where no number is small."""
@@ -201,7 +203,7 @@ def convert_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
 
 def _to_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The numbers as the file has them."""
-    kind = torch.float16 if tensor.dim() == 2 else torch.float32
+    kind = MATRICES if tensor.dim() == 2 else torch.float32
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has numbers that are not finite, so that no file is written.")
     converted = tensor.to(kind).contiguous()

@@ -1,10 +1,12 @@
 """What a GGUF file says of a tokenizer."""
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertTokenizer, PreTrainedTokenizerFast
+from conftest import build
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from hf_slim.cli.tokenizer import make_byte_tokenizer
+from hf_slim.exports import export_gguf
 from hf_slim.exports.gguf_tokenizer import read_vocabulary
 
 QWEN2 = (
@@ -114,3 +116,32 @@ def test_other_tokenizers_are_refused(tokenizer):
 def test_more_tokens_than_the_model_has_are_refused():
     with pytest.raises(ValueError, match="The tokenizer has 5 tokens, but the model only 4"):
         read_vocabulary(make_tokenizer(QWEN2), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("added", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("splitting", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+def test_llama_cpp_reads_text_the_same(splitting, added, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install llama-cpp-python")
+    texts = ["the cat. \n it's 1234567", "\u00c9t\u00e9 cafe\u0301 The DOG", " leading\n\n  x", "<s> special</s>"]
+    patterns = {"llama-bpe": QWEN2.replace(r"\p{N}| ", r"\p{N}{1,3}| "), "qwen2": QWEN2}
+    splits = [pre_tokenizers.Split(Regex(patterns[splitting]), "isolated")] if splitting in patterns else []
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if splitting == "smollm" else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=splitting == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *digits, byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts[:3] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=added,
+        special_tokens=[(token, number) for number, token in enumerate(("<s>", "</s>")) if token in added],
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    build("llama", vocab_size=302, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path)
+    loaded = llama_cpp.Llama(str(export_gguf(tmp_path, tmp_path / "a.gguf")), vocab_only=True, verbose=False)
+    found = [loaded.tokenize(text.encode(), special=True) for text in texts]
+    loaded.close()
+    assert found == [AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] for text in texts]

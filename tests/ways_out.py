@@ -76,7 +76,18 @@ WAYS = {
 }
 SLOW_TO_IMPORT = ("onnxscript", "nncf", "executorch.exir", "sentence_transformers", "trl")
 """What is imported once, before the processes are forked."""
-PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "executorch", "torchao", "bitsandbytes", "gguf", "trl")
+PACKAGES = (
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "executorch",
+    "torchao",
+    "bitsandbytes",
+    "gguf",
+    "llama-cpp-python",
+    "trl",
+)
 
 
 class Cell(NamedTuple):

@@ -171,7 +171,9 @@ def main() -> None:
     lines = ["| family | runtime | dense, ms | slim, ms | times as fast |", "| --- | --- | --- | --- | --- |"]
     for family in flags.families:
         with tempfile.TemporaryDirectory() as folder:
-            lines += measure(family, *make_runners(SHAPES[family], flags.layers, Path(folder)), flags.rounds)
+            found = measure(family, *make_runners(SHAPES[family], flags.layers, Path(folder)), flags.rounds)
+        print(*found, sep="\n", flush=True)
+        lines += found
     table = "\n".join(lines)
     models = "; ".join(f"{family}: {SHAPES[family].like}" for family in flags.families)
     notes = (

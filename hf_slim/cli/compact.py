@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers.utils import logging
 
-from ..saving import SlimReport, check_folder, save_slimmed
+from ..arguments import SlimConfig
+from ..saving import SlimReport, check_folder, count_parameters, save_slimmed
 from .model_source import check_place, load_model
+
+logger = logging.get_logger(__name__)
 
 _LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.onnx", "*.gguf", "*.ot"),
@@ -42,7 +46,14 @@ def compact(model: str, output_dir: str) -> SlimReport:
     check_place("IN", model)
     loaded = load_model(model)
     folder = model if Path(model).is_dir() else snapshot_download(model, ignore_patterns=list(_LEFT_OUT))
-    return save_slimmed(loaded, output_dir, processing_class=_OtherFiles(Path(folder)))
+    parameters = count_parameters(loaded)
+    report = save_slimmed(loaded, output_dir, processing_class=_OtherFiles(Path(folder)))
+    if report.parameters_after == parameters:
+        logger.warning(
+            f"No unit of {model} is zero, or too few for a multiple of {SlimConfig().slim_round_to}, so that nothing "
+            f"was removed: {output_dir} holds the same model."
+        )
+    return report
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..exports import export_gguf
-from .model_source import check_place
+from .model_source import check_place, load_config
 
 
 def write_gguf(folder: str, out: str) -> str:
@@ -21,6 +21,7 @@ def write_gguf(folder: str, out: str) -> str:
             written.
     """
     check_place("IN", folder)
+    load_config(folder)
     try:
         path = export_gguf(folder, out)
     except ImportError as error:

@@ -57,7 +57,7 @@ def _bench_kinds() -> Kinds:
         from ..bench import BenchArguments
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        raise ValueError(f'this needs {package}: pip install "hf-slim[bench]"') from error
+        raise ValueError(f"this needs {package}: `pip install {package}`") from error
     return {"Measuring": BenchArguments}
 
 

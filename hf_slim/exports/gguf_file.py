@@ -69,7 +69,7 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     sizes the file is of the architecture `llama`; else of `deci`, which builds every layer by its own sizes and
     computes the same. (`llama` and `qwen2` want every layer to be like the first, and `qwen2` heads that are together
     as wide as the model.) Query and key are reordered, since both rotate neighbours where transformers rotates
-    halves. Needs the package gguf: `pip install "hf-slim[gguf]"`.
+    halves. Needs the package gguf: `pip install gguf`.
 
     Args:
         folder: A model that `save_slimmed` or `save_pretrained` wrote, or a Hub name; slim or not. Its tokenizer is
@@ -87,7 +87,7 @@ def export_gguf(folder: str | Path, out: str | Path) -> Path:
     try:
         gguf = importlib.import_module("gguf")
     except ImportError as error:
-        raise ImportError('GGUF files take the package gguf: pip install "hf-slim[gguf]".') from error
+        raise ImportError("GGUF files take the package gguf: `pip install gguf`.") from error
     out = Path(out)
     _check_paths(Path(folder), out)
     check_computation(AutoConfig.from_pretrained(folder))

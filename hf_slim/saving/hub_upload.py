@@ -98,8 +98,9 @@ def push_folder(folder: Path, written: Sequence[PurePosixPath], repo_id: str, ke
             **upload,
         )
     except Exception as error:
+        reason = str(error).rstrip(".")
         raise RuntimeError(
-            f"The upload to {repo_id} failed: {error}. The slim model is whole in {folder}: upload it with "
+            f"The upload to {repo_id} failed: {reason}. The slim model is whole in {folder}: upload it with "
             f"`{_make_command(folder, written, repo_id, keywords)}`, or save it again."
         ) from error
     return commit.pr_url or commit.commit_url

@@ -63,6 +63,8 @@ def read_report(folder: Path) -> SavedReport:
         ValueError: If there is no such file, or it is none of ours.
     """
     path = folder / REPORT
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}: name the folder of a slim model.")
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no {REPORT}, so it was not written by save_slimmed, hf-slim run or hf-slim prune. "

@@ -143,7 +143,7 @@ def test_without_the_extra_one_line_says_what_to_install(package, flags, monkeyp
     for name in [name for name in sys.modules if name.startswith(("hf_slim.bench", f"{package}."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    assert refuse("bench", *flags) == f'this needs {package}: pip install "hf-slim[bench]"'
+    assert refuse("bench", *flags) == f"this needs {package}: `pip install {package}`"
 
 
 def test_usage(capsys):

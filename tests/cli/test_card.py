@@ -38,9 +38,12 @@ def test_what_somebody_else_wrote_in_the_card_stays(slim):
 @pytest.mark.parametrize("command", [["card"], ["push"]])
 def test_a_folder_that_holds_no_slim_model_is_refused(slim, tmp_path, command):
     repo = ["me/tiny"] if command == ["push"] else []
-    message = refuse(*command, tmp_path / "nowhere", *repo)
-    assert message.startswith(
-        f"{tmp_path / 'nowhere'} holds no slim_report.json, so it was not written by save_slimmed"
+    nowhere = tmp_path / "nowhere"
+    assert refuse(*command, nowhere, *repo) == f"There is no folder {nowhere}: name the folder of a slim model."
+    nowhere.mkdir()
+    assert refuse(*command, nowhere, *repo).startswith(
+        f"{nowhere} holds no slim_report.json, so it was not written by save_slimmed"
     )
+
     (slim / "slim_report.json").write_text("{")
     assert f"{slim / 'slim_report.json'} cannot be read: " in refuse(*command, slim, *repo)

@@ -1,9 +1,11 @@
 """The flags of a subcommand: its help on one screen, the whole of it, and what it refuses."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from commands import refuse
+from transformers import TrainingArguments
 
 from hf_slim.arguments import SlimConfig, SlimTrainingArguments
 from hf_slim.cli import main
@@ -70,6 +72,13 @@ def test_one_flag_of_ours_is_nearer_than_one_of_the_trainers():
     assert refuse("prune", *given) == "There is no flag --ouput_dir: did you mean --output_dir?"
     assert refuse("run", *given) == "There is no flag --ouput_dir: did you mean --output_dir?"
     assert refuse("run", *given[:4], "--xyz", "1") == "There is no flag --xyz; --help-all lists them."
+
+
+def test_a_misspelt_flag_is_named_before_those_that_are_missing():
+    assert refuse("run", "--ffn2-sparsty", "0.5") == "There is no flag --ffn2_sparsty: did you mean --ffn2_sparsity?"
+    assert refuse("prune", "--mha_sparsiti=0.5") == "There is no flag --mha_sparsiti: did you mean --mha_sparsity?"
+    for theirs in (field.name for field in fields(TrainingArguments)):  # a flag of theirs is no misspelling of ours
+        assert refuse("run", f"--{theirs}=1").startswith("--"), theirs
 
 
 def test_flags_win_over_the_file_before_them_whose_keys_may_have_dashes(tmp_path):

@@ -129,3 +129,15 @@ def _cut_what_is_used(model, multiple, masks):
 
     structures = find_structures(model).structures
     return structures, {s.name: torch.arange(s.units) < s.units // 2 for s in structures}
+
+
+def test_a_model_without_zero_units_is_told_of(sparse, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("hf_slim.cli.compact.logger.warning", told.append)
+    assert main(["compact", str(sparse), str(tmp_path / "slim")]) == 0
+    assert told == []
+    assert main(["compact", str(tmp_path / "slim"), str(tmp_path / "again")]) == 0
+    assert told == [
+        f"No unit of {tmp_path / 'slim'} is zero, or too few for a multiple of 32, so that nothing was removed: "
+        f"{tmp_path / 'again'} holds the same model."
+    ]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import refuse
 from transformers import BertConfig, BertModel, LlamaConfig, Wav2Vec2Config
 
 from hf_slim.cli.model_source import build_without_weights, find_model_class, load_config, load_model
@@ -99,3 +100,8 @@ def test_a_folder_without_weights_and_one_with_damaged_ones(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match="config.json is a file: name the folder that the model was saved in"):
         load_model(str(tmp_path / "config.json"))
+
+
+def test_an_export_names_a_folder_without_a_config(tmp_path):
+    message = refuse("export", "gguf", tmp_path, tmp_path / "m.gguf")
+    assert message == f"The folder {tmp_path} holds no config.json: name the folder that a model was saved in."

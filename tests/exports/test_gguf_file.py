@@ -27,7 +27,7 @@ LLAMA3 = {
 
 def read_gguf(path):
     """The fields and tensors of a file."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {tensor.name: tensor.data for tensor in reader.tensors}
@@ -35,7 +35,7 @@ def read_gguf(path):
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_a_file_has_the_sizes_of_every_layer(family, tmp_path):
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     model = save_way_model(family, "non-uniform", tmp_path / "slim")
     fields, tensors = read_gguf(export_gguf(tmp_path / "slim", tmp_path / "slim.gguf"))
     assert fields["general.architecture"] == "deci"
@@ -81,7 +81,7 @@ def test_a_file_beside_it_of_whatever_name_stays(tmp_path, monkeypatch):
 
 
 def test_layers_of_one_size_are_a_llama_without_a_tokenizer_too(tmp_path):
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     build_way_model("Qwen2", "uniform").save_pretrained(tmp_path / "slim")
     fields, tensors = read_gguf(export_gguf(tmp_path / "slim", tmp_path / "slim.gguf"))
     assert fields["general.architecture"] == "llama"
@@ -103,7 +103,7 @@ def test_layers_of_one_size_are_a_llama_without_a_tokenizer_too(tmp_path):
     ],
 )
 def test_a_place_where_no_file_can_be_is_refused_and_nothing_is_lost(folder, out, message, tmp_path, monkeypatch):
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     monkeypatch.chdir(tmp_path)
     build("llama").save_pretrained("slim")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -113,7 +113,7 @@ def test_a_place_where_no_file_can_be_is_refused_and_nothing_is_lost(folder, out
 
 
 def test_a_gguf_file_is_replaced(tmp_path):
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'hf-slim[gguf]'")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     build("llama").save_pretrained(tmp_path / "slim")
     (tmp_path / "slim.gguf").write_bytes(b"GGUF of before")
     export_gguf(tmp_path / "slim", tmp_path / "slim.gguf")
@@ -196,7 +196,7 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(family, changes, mes
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-slim\[gguf\]"'):
+    with pytest.raises(ImportError, match="`pip install gguf`"):
         export_gguf(tmp_path, tmp_path / "out.gguf")
 
 

@@ -102,6 +102,7 @@ def test_a_hub_that_is_not_there(upload, tmp_path):
     elsewhere = "constants.ENDPOINT = 'http://127.0.0.1:9'\n"
     output = upload(tmp_path / "slim", elsewhere + PUSH.format(ALL))
     assert output.startswith("The upload to me/slim-bert failed: ") and "Connection refused" in output
+    assert ".. " not in output
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
 
 

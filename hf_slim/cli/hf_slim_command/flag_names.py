@@ -19,6 +19,8 @@ _CLASSES = {
     "bench": (("bench/flags.py", "BenchArguments"),),
 }
 """For subcommands the files, within the package, and classes of their flags, but for those of the Trainer."""
+_SAME = 0.9
+"""How near a word is to a flag of ours that is meant; no flag of the Trainer is that near to one."""
 
 
 def find_flags(command: str) -> dict[str, bool]:
@@ -71,9 +73,10 @@ def check_needed(command: str, flags: Sequence[str]) -> None:
     if not missing:
         return
     unknown = [word[2:] for word in given if word[2:] not in known]
-    for name in missing:
-        for typo in difflib.get_close_matches(name, unknown, 1):
-            raise ValueError(f"There is no flag --{typo}: did you mean --{name}?")
+    near = [(typo, name) for name in missing for typo in difflib.get_close_matches(name, unknown, 1)]
+    near += [(typo, name) for typo in unknown for name in difflib.get_close_matches(typo, known, 1, _SAME)]
+    for typo, name in near:
+        raise ValueError(f"There is no flag --{typo}: did you mean --{name}?")
     raise ValueError(f"--{' and --'.join(missing)} must be given; `hf-slim {command} --help` lists the flags.")
 
 

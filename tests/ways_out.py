@@ -180,7 +180,7 @@ def _shorten(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     text = re.sub(r"\x1b\[[0-9;]*m", "", re.sub(r"(/[\w.+-]+){2,}", "...", lines[0]))
-    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:397] + '...'}"
+    return f"{type(error).__name__}: {text}"
 
 
 def make_table(cells: dict[tuple[str, str, str], Cell]) -> str:

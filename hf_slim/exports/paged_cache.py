@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compaction import has_record
-from ..structures import find_structures
+from ..structures import find_structures, join
 
 
 def refuse_other_groups(model: Any) -> None:
@@ -30,10 +30,11 @@ def refuse_other_groups(model: Any) -> None:
     expected = config.num_attention_heads if grouped is None else grouped
     with torch.device("meta"):  # weights that were quantized since say less than plain ones
         bare = type(model)(copy.deepcopy(model.config))
-    found = find_structures(bare.get_decoder()).structures  # a tower that reads pictures has no cache
-    others = [s for s in found if s.kind == "mha" and s.units != expected]
+    decoder = bare.get_decoder()  # a tower that reads pictures has no cache
+    within = next(path for path, module in bare.named_modules() if module is decoder)
+    others = [s for s in find_structures(decoder).structures if s.kind == "mha" and s.units != expected]
     if others:
-        layers = ", ".join(f"{s.name} has {s.units}" for s in others[:3])
+        layers = ", ".join(f"{join(within, s.name)} has {s.units}" for s in others[:3])
         more = f", and {len(others) - 3} more layers have other numbers" if len(others) > 3 else ""
         raise ValueError(
             f"Continuous batching keeps {expected} key-value heads for every layer, as the config of this model says, "

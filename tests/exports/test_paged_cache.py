@@ -30,7 +30,7 @@ def channels_alone(structure):
 
 
 def test_generate_batch_is_refused_where_it_answered_with_empty_texts():
-    with pytest.raises(ValueError, match=r"keeps 4 key-value heads .* layers\.0\.self_attn\.o_proj has 2, "):
+    with pytest.raises(ValueError, match=r"keeps 4 key-value heads .* but model\.layers\.0\.self_attn\.o_proj has 2"):
         slim("llama", uneven).generate_batch([[5, 6, 7]])
 
 

@@ -21,9 +21,9 @@ for name, value in {
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
-from hub_worker import Worker, running_worker  # noqa: E402
 from loopback_hub import HubServer, running_hub  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
+from warm_python import WarmPython, running_python  # noqa: E402
 
 import hf_slim  # noqa: E402, F401
 
@@ -31,6 +31,9 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXT = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STACK = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = {**STACK, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+
+IMPORTED = ("datasets", "evaluate", "sentence_transformers", "matplotlib.pyplot", "ipykernel.kernelapp", "pytest")
+"""What several of the scripts and commands import that tests run."""
 
 FAMILIES = {
     "bert": ("BertForSequenceClassification", "BertConfig", {**TEXT, **STACK}),
@@ -176,24 +179,32 @@ def own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def hub_and_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Worker]]:
-    """A Hub on this machine, and a process that has imported everything, whose forks run scripts that use it."""
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Runs scripts and commands in forks of a process that has imported everything; without a Hub."""
+    environment = {"HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    with running_python(tmp_path_factory.mktemp("warm"), environment, IMPORTED) as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def hub_and_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, WarmPython]]:
+    """A Hub on this machine, and the same for scripts that use it, whose address is read at importing."""
     with running_hub() as server:
         environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "mine"}
-        with running_worker(tmp_path_factory.mktemp("worker"), environment) as worker:
+        with running_python(tmp_path_factory.mktemp("worker"), environment, ["datasets"]) as worker:
             yield server, worker
 
 
 @pytest.fixture
-def hub(hub_and_worker: tuple[HubServer, Worker]) -> HubServer:
+def hub(hub_and_worker: tuple[HubServer, WarmPython]) -> HubServer:
     """An empty Hub on this machine."""
     hub_and_worker[0].reset()
     return hub_and_worker[0]
 
 
 @pytest.fixture
-def worker(hub_and_worker: tuple[HubServer, Worker]) -> Worker:
+def worker(hub_and_worker: tuple[HubServer, WarmPython]) -> WarmPython:
     """Runs scripts whose Hub is `hub`."""
     return hub_and_worker[1]
 

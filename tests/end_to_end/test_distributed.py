@@ -3,17 +3,16 @@
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from distributed import compare
+from warm_python import WarmPython
 
 TESTS = Path(__file__).parents[1]
-IN_TWO = ("torchrun", "--standalone", "--nproc_per_node", "2", "distributed.py")
+IN_TWO = ("torchrun", "--standalone", "--nproc_per_node", "2")
 WITH_DEEPSPEED = [
     pytest.mark.deepspeed,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
@@ -21,22 +20,27 @@ WITH_DEEPSPEED = [
 ]
 
 
-def launch(*command: str) -> None:
-    """Run tests/distributed.py."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr[-6000:]
+@pytest.fixture(scope="session")
+def launch(warm_python: WarmPython):
+    """Runs a command in the folder of the tests; what it imports is imported already."""
+
+    def launch(*command: str) -> None:
+        done = subprocess.run(
+            command, cwd=TESTS, env=warm_python.environment(), capture_output=True, text=True, timeout=800
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    return launch
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(launch, tmp_path_factory):
     """Trains a model in one process or in two, in the same way only once; gives the folder."""
 
     @functools.cache
     def train(mode: str, name: str) -> Path:
         out = tmp_path_factory.mktemp(mode)
-        launch(*((sys.executable, "distributed.py") if mode == "single" else IN_TWO), mode, name, str(out))
+        launch(*(("python",) if mode == "single" else IN_TWO), "distributed.py", mode, name, str(out))
         return out
 
     return train
@@ -62,12 +66,12 @@ def test_two_processes_do_what_one_does(mode, name, trained):
 @pytest.mark.parametrize(
     ("name", "modes"), [("bert", ["ddp"]), pytest.param("llama", ["ddp", "fsdp"], marks=pytest.mark.slow)]
 )
-def test_two_processes_learn_from_a_teacher_as_one_does(name, modes, tmp_path):
-    launch(sys.executable, "distributed.py", "single", name, str(tmp_path / "one"), "--teacher")
+def test_two_processes_learn_from_a_teacher_as_one_does(name, modes, launch, tmp_path):
+    launch("python", "distributed.py", "single", name, str(tmp_path / "one"), "--teacher")
     wanted = json.loads((tmp_path / "one" / "result-0.json").read_text())["distances"]
     assert len(wanted) == 12 and min(wanted) > 0.01
     for mode in modes:
-        launch(*IN_TWO, mode, name, str(tmp_path / mode), "--teacher")
+        launch(*IN_TWO, "distributed.py", mode, name, str(tmp_path / mode), "--teacher")
         result = compare(tmp_path / "one", tmp_path / mode)
         assert (result["processes"], result["steps"], result["other_masks"]) == (2, 12, 0)
         assert max(result["loss"], result["weights"]) < 1e-5
@@ -75,17 +79,17 @@ def test_two_processes_learn_from_a_teacher_as_one_does(name, modes, tmp_path):
         assert got == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(trained, tmp_path):
+def test_a_run_in_two_processes_that_is_resumed_ends_bit_equal(trained, launch, tmp_path):
     whole = trained("ddp", "bert")
-    launch(*IN_TWO, "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))
+    launch(*IN_TWO, "distributed.py", "ddp", "bert", str(tmp_path), "--resume", str(whole / "run" / "checkpoint-5"))
     result = compare(whole, tmp_path)
     assert (result["processes"], result["steps"], result["other_masks"]) == (2, 7, 0)
     assert (result["loss"], result["weights"]) == (0, 0)
 
 
-def test_every_process_fails_where_the_first_one_does(tmp_path):
+def test_every_process_fails_where_the_first_one_does(launch, tmp_path):
     """And none waits for another: each save ends in both, and the next one works."""
-    launch("torchrun", "--standalone", "--nproc_per_node", "2", "failing.py", str(tmp_path))
+    launch(*IN_TWO, "failing.py", str(tmp_path))
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     written = f"The folder {tmp_path}/{{}} could not be written: disk full. What was there before is unchanged."
     assert first.pop("an upload").startswith("RuntimeError: The upload to me/x failed: ")

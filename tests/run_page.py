@@ -6,13 +6,10 @@ holds has to be what the block before it printed.
 """
 
 import contextlib
-import gc
 import io
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -69,17 +66,6 @@ def run_page(page: Path) -> None:
                 subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
         elif block.language == "output" and printed.strip() != block.text.strip():
             sys.exit(f"{page.name}, line {block.line}: the page says\n{block.text}\nbut this was printed\n{printed}")
-
-
-def run_page_apart(page: Path, folder: Path, environment: Mapping[str, str], printed: Path) -> None:
-    """Run the blocks of a page in the process of their own that this is, and write what they print into a file."""
-    gc.freeze()  # trainings collect garbage, and would look through all that was imported each time
-    os.environ.update(environment)
-    os.chdir(folder)
-    with printed.open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        run_page(page)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
 """The documentation does what it says: its blocks run, its notebooks execute, its pages build, its tables agree."""
 
 import csv
-import multiprocessing
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,9 +10,12 @@ from typing import get_args, get_type_hints
 
 import nbformat
 import pytest
+import run_page
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from run_page import EXEMPT, find_blocks, find_commands, run_page_apart
+from run_page import EXEMPT, find_blocks, find_commands
 from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel
+from warm_python import WarmPython
 
 import hf_slim
 from hf_slim import SlimConfig
@@ -25,9 +25,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS]
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["datasets", "evaluate", "hf_slim", "peft", "run_page", "transformers"])
-
 NOUNS = ("cat", "dog", "child", "river", "song", "train")
 VERBS = ("sees", "likes", "finds", "follows")
 WORDS = ("a", "the", *NOUNS, *VERBS, "not", "one", "two")
@@ -36,11 +33,9 @@ BERT = {**SIZES, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment without the Hub, whose shell finds the commands of this Python."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    home = str(tmp_path / "home")
-    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "TOKENIZERS_PARALLELISM": "false"}
+def environment(warm_python: WarmPython) -> dict[str, str]:
+    """An environment in which the commands of this Python have imported everything already."""
+    return warm_python.environment()
 
 
 @pytest.fixture
@@ -72,12 +67,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page: Path, folder: Path, environment: dict[str, str]) -> None:
-    printed = folder.parent / "printed.txt"
-    # A fork of a process that has imported the packages: each page alone would take longer to import than to run.
-    process = FORKS.Process(target=run_page_apart, args=(page, folder, environment, printed))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, printed.read_text(encoding="utf-8")[-9000:]
+    done = subprocess.run(
+        ["python", Path(run_page.__file__), page],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-9000:]
 
 
 def test_nothing_but_setup_is_exempt_from_running() -> None:
@@ -110,11 +108,12 @@ def test_the_readme_lists_the_settings() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs(path: Path, tmp_path: Path, environment: dict[str, str], monkeypatch) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_notebook_runs(path: Path, tmp_path: Path, warm_python: WarmPython) -> None:
+    manager = AsyncKernelManager()
+    manager.kernel_spec.argv[0] = str(warm_python.commands() / "python")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=warm_python.environment())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -128,7 +127,7 @@ def test_a_notebook_shows_what_one_run_printed(path: Path) -> None:
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    command = ["python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     done = subprocess.run(
         [*command, "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],
         env=environment,

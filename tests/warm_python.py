@@ -1,9 +1,9 @@
 """A Python that has imported everything once, for the many processes of the tests: each of them is a fork of it.
 
-`running_python` has it started. Two processes listen: one that has transformers but not hf_slim, and one, forked from it,
-that has both and has saved a model, so that what transformers and hf_slim import late is there, too. Small commands,
-`python`, `torchrun` and the like, ask one of them for a fork that does what the real command would, with the arguments,
-the folder, the environment and the files of the command.
+`running_python` has it started. Two processes listen: one that has transformers but not hf_slim, and one, forked from
+it, that has both and has saved a model, so that what transformers and hf_slim import late is there, too. Small
+commands, `python`, `torchrun` and the like, ask one of them for a fork that does what the real command would, with the
+arguments, the folder, the environment and the open files of the command.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def running_python(folder: Path, environment: Mapping[str, str], modules: Sequen
     """
     for name in ("whole", "bare"):
         (folder / name).mkdir()
+        client = CLIENT.format(python=sys.executable, socket=f"{folder}/{name}.socket")
         for command in COMMANDS:
-            (folder / name / command).write_text(CLIENT.format(python=sys.executable, socket=f"{folder}/{name}.socket"))
+            (folder / name / command).write_text(client)
             (folder / name / command).chmod(0o755)
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     with subprocess.Popen(

@@ -1,9 +1,6 @@
 """The shape record: what is written, what is built from it, what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -142,7 +139,6 @@ def test_nested_encoder_alone(tmp_path):
 
 WITHOUT_HF_SLIM = """
 import json, sys, traceback
-sys.modules["hf_slim"] = None  # any import of it fails
 import torch, transformers
 
 def check(folder, auto_class):
@@ -189,7 +185,7 @@ REMOTE = {
 
 
 @pytest.fixture(scope="module")
-def remote_errors(tmp_path_factory):
+def remote_errors(warm_python, tmp_path_factory):
     """For each of these families what went wrong in a process without hf_slim, one process for all of them."""
     folder = tmp_path_factory.mktemp("remote")
     for name in REMOTE:
@@ -197,11 +193,8 @@ def remote_errors(tmp_path_factory):
         batch = make_batch(model)
         case = {"batch": batch, "logits": logits(model, batch), "state": model.state_dict()}
         torch.save(case, folder / f"{name}-expected.pt")
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, "-c", WITHOUT_HF_SLIM, json.dumps(REMOTE)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm_python.run(WITHOUT_HF_SLIM, json.dumps(REMOTE), library=False, cwd=folder)
+    assert done.status == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 

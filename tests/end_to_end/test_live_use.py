@@ -1,9 +1,5 @@
 """Slim models of many layouts in use: every attention implementation, caches, training, compilation, remote code."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from sparse_models import masked_and_slim
@@ -68,7 +64,6 @@ def test_training_goes_on_with_checkpointing_and_compilation(model_type):
 
 WITHOUT_HF_SLIM = """
 import sys
-sys.modules["hf_slim"] = None  # any import of it fails
 import torch, transformers
 for folder in sys.argv[1:]:
     model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -81,7 +76,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_remote_code_of_many_layouts(tmp_path):
+def test_remote_code_of_many_layouts(warm_python, tmp_path):
     folders = []
     for model_type in REMOTE:
         _, slim = masked_and_slim(model_type)
@@ -95,7 +90,5 @@ def test_remote_code_of_many_layouts(tmp_path):
             case = {"inputs": inputs, "expected": slim(**inputs)[0], "state": slim.state_dict()}
         torch.save(case, folder / "case.pt")
         folders.append(str(folder))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_HF_SLIM, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm_python.run(WITHOUT_HF_SLIM, *folders, library=False, cwd=tmp_path)
+    assert done.status == 0, done.stderr[-3000:]

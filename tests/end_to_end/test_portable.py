@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -141,9 +139,7 @@ SAVERS = (
 
 LOAD = """
 import json, sys, traceback
-if sys.argv[1] == "without":
-    sys.modules["hf_slim"] = None  # any import of it fails
-else:
+if sys.argv[1] == "with":
     import hf_slim
 import torch, transformers
 transformers.utils.logging.set_verbosity_error()
@@ -211,13 +207,10 @@ def find_loading(name, root):
 
 
 @pytest.mark.parametrize("library", ["with", "without"])
-def test_every_auto_class_loads_what_every_saver_saves(saved, library, tmp_path):
+def test_every_auto_class_loads_what_every_saver_saves(saved, library, warm_python, tmp_path):
     folders = [json.dumps(find_loading(name, root)) for name, root in saved.items()]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", LOAD, library, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm_python.run(LOAD, library, *folders, library=library == "with", cwd=tmp_path)
+    assert done.status == 0, done.stderr[-3000:]
     wrong = json.loads(done.stdout.splitlines()[-1])
     assert not wrong, "\n".join(map(" ".join, wrong.items()))
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,12 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(warm_python, tmp_path_factory):
     """What two processes said, each in a dictionary."""
     out = tmp_path_factory.mktemp("parts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, "shards_worker.py", str(out)], cwd=TESTS, capture_output=True, text=True, timeout=300
-    )
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "shards_worker.py", str(out)]
+    environment = warm_python.environment()
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-6000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -56,13 +55,6 @@ NEW = {
 }
 
 
-def run_script(arguments, timeout=600):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=timeout
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "end"),
     [
@@ -72,8 +64,9 @@ def run_script(arguments, timeout=600):
         pytest.param(("--saves", 25), "25 of 25 leave the old folder or the new one, whole", marks=pytest.mark.slow),
     ],
 )
-def test_processes_that_are_killed(arguments, end):
-    done = run_script([TESTS / "faults.py", *arguments])
+def test_processes_that_are_killed(arguments, end, warm_python):
+    command = ["python", TESTS / "faults.py", *map(str, arguments)]
+    done = subprocess.run(command, env=warm_python.environment(), capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1:] == [end], done.stdout + done.stderr[-3000:]
     assert done.returncode == 0
 
@@ -111,13 +104,13 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("size", [300, 60_000])
-def test_a_disk_that_is_full(size, tmp_path):
+def test_a_disk_that_is_full(size, warm_python, tmp_path):
     """A limit on the size of files, beyond which a write fails as on a full disk: in the config, in the weights."""
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # as Python sets it
     save_slimmed(masked(), tmp_path / "slim")
     add_others(tmp_path / "slim")
     before = digests(tmp_path / "slim")
-    done = run_script(["-c", DISK_FULL, tmp_path / "slim", size])
+    done = warm_python.run(DISK_FULL, tmp_path / "slim", size)
     assert done.stdout.startswith(f"The folder {tmp_path / 'slim'} could not be written: "), done.stderr[-3000:]
     assert "File too large" in done.stdout and "What was there before is unchanged." in done.stdout
     assert digests(tmp_path / "slim") == before

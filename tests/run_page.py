@@ -1,5 +1,7 @@
 """Runs the code blocks of one Markdown page in order, in the current folder: `python tests/run_page.py README.md`.
 
+With `--short` behind it, long trainings take a few steps.
+
 The `python` blocks share one namespace, as if they were one script; one that begins with a comment such as
 `# train.py` is written to the file of that name instead. The `bash` blocks run in a shell. What an `output` block
 holds has to be what the block before it printed.
@@ -20,6 +22,9 @@ EXEMPT = (
     "pytest",
 )
 """Commands of bash blocks that are not run: they install the package, or start the tests that run the pages."""
+
+SHORT = {"hf-slim demo": "hf-slim demo --max_steps 20", "--batch_sizes 1 4": "--batch_sizes 4"}
+"""What takes long in commands, and what is run in its place with `--short`."""
 
 
 class Block(NamedTuple):
@@ -43,7 +48,7 @@ def find_commands(block: str) -> list[str]:
     return [command for line in lines for command in line.strip().split(" && ") if command not in (*EXEMPT, "")]
 
 
-def run_page(page: Path) -> None:
+def run_page(page: Path, short: bool = False) -> None:
     """Run the blocks of a page."""
     script = sys.modules["__main__"] = ModuleType("__main__")  # classes of the page can be found by pickle
     namespace = vars(script)
@@ -63,10 +68,12 @@ def run_page(page: Path) -> None:
             print(printed, flush=True)
         elif block.language == "bash":
             for command in find_commands(block.text):
+                for long, quick in SHORT.items() if short else ():
+                    command = command.replace(long, quick)
                 subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
         elif block.language == "output" and printed.strip() != block.text.strip():
             sys.exit(f"{page.name}, line {block.line}: the page says\n{block.text}\nbut this was printed\n{printed}")
 
 
 if __name__ == "__main__":
-    run_page(Path(sys.argv[1]).resolve())
+    run_page(Path(sys.argv[1]).resolve(), sys.argv[2:] == ["--short"])

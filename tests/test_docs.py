@@ -31,6 +31,18 @@ WORDS = ("a", "the", *NOUNS, *VERBS, "not", "one", "two")
 SIZES = {"vocab_size": 5 + len(WORDS), "max_position_embeddings": 128}
 BERT = {**SIZES, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 192}
 
+SHORT = {
+    "bge.ipynb": {'{"max_steps": 20}': '{"max_steps": 4}', "pairs[name].map": "pairs[name].select(range(64)).map"},
+    "language_model.ipynb": {
+        "num_train_epochs=3": "max_steps=20",
+        '"num_hidden_layers": 4': '"num_hidden_layers": 2',
+        "repeats=15": "repeats=2",
+    },
+    "one_shot.ipynb": {"num_train_epochs=epochs": "max_steps=20", "0.9, 0.8, 0.7, 0.6, 0.5, 0.4": "0.8, 0.4"},
+    "quickstart.ipynb": {"num_train_epochs=3": "max_steps=20", "repeats=20": "repeats=2"},
+}
+"""What is changed in notebooks so that their trainings take a few steps."""
+
 
 @pytest.fixture
 def environment(warm_python: WarmPython) -> dict[str, str]:
@@ -65,10 +77,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
+@pytest.mark.parametrize("short", [["--short"], pytest.param([], marks=pytest.mark.slow)], ids=["short", "whole"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page: Path, folder: Path, environment: dict[str, str]) -> None:
+def test_the_blocks_of_a_page_run(page: Path, short: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """By default with `run_page.SHORT`."""
     done = subprocess.run(
-        ["python", Path(run_page.__file__), page],
+        ["python", Path(run_page.__file__), page, *short],
         cwd=folder,
         env=environment,
         text=True,
@@ -76,6 +90,17 @@ def test_the_blocks_of_a_page_run(page: Path, folder: Path, environment: dict[st
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout[-9000:]
+
+
+def test_what_is_shortened_is_on_the_pages() -> None:
+    commands = [
+        command
+        for page in PAGES
+        for b in find_blocks(page)
+        if b.language == "bash"
+        for command in find_commands(b.text)
+    ]
+    assert all(any(long in command for command in commands) for long in run_page.SHORT)
 
 
 def test_nothing_but_setup_is_exempt_from_running() -> None:
@@ -107,11 +132,16 @@ def test_the_readme_lists_the_settings() -> None:
             assert not isinstance(choice, str) or f"`{choice}`" in meaning
 
 
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "whole"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs(path: Path, tmp_path: Path, warm_python: WarmPython) -> None:
+def test_a_notebook_runs(path: Path, short: bool, tmp_path: Path, warm_python: WarmPython) -> None:
+    """Each cell, in a kernel; by default with trainings of a few steps."""
+    notebook = nbformat.read(path, as_version=4)
+    for old, new in SHORT[path.name].items() if short else ():
+        (cell,) = (cell for cell in notebook.cells if old in cell.source)
+        cell.source = cell.source.replace(old, new)
     manager = AsyncKernelManager()
     manager.kernel_spec.argv[0] = str(warm_python.commands() / "python")
-    notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=warm_python.environment())
 

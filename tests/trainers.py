@@ -170,8 +170,8 @@ class Trajectory(TrainerCallback):
 EVERY = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "max_grad_norm": 0.5}
 
 
-def dropout_free(family="bert", seed=0):
-    return build(family, seed=seed, spread=0.1, **NO_DROPOUT[family])
+def dropout_free(family="bert", seed=0, **changes):
+    return build(family, seed=seed, spread=0.1, **NO_DROPOUT[family], **changes)
 
 
 def shapes(model):

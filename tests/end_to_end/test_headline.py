@@ -8,7 +8,8 @@ from hf_slim import SlimTrainerCallback, SlimTrainingArguments, save_slimmed
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "before", "after"), [(384, 33_360_385, 18_002_305), (768, 109_483_009, 48_096_001)]
+    ("hidden_size", "before", "after"),
+    [(384, 33_360_385, 18_002_305), pytest.param(768, 109_483_009, 48_096_001, marks=pytest.mark.slow)],
 )
 def test_bge_shapes(hidden_size, before, after, tmp_path):
     config = BertConfig(

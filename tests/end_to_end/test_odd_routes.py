@@ -10,6 +10,13 @@ TRAINED = [route for route in ROUTES if route not in ON_MODULES]
 """Routes that train every module; each takes another part of them, and all of them where slow tests run."""
 
 
+def is_slow(route: str, pretrained: bool, part: int) -> bool:
+    """Whether a part is tried where slow tests run only; each module gets a batch in one of two models."""
+    if route in TRAINED:
+        return TRAINED.index(route) != part
+    return route == "model_slim, batch" and part % 2 == pretrained
+
+
 @pytest.mark.parametrize(("route", "pretrained"), CASES)
 def test_no_odd_module_is_taken(route, pretrained):
     found = {verdict_of(name, route, pretrained=pretrained, is_blind=False) for name in list(ODD)[::6]}
@@ -19,7 +26,7 @@ def test_no_odd_module_is_taken(route, pretrained):
 @pytest.mark.parametrize(
     ("route", "pretrained", "part"),
     [
-        pytest.param(*case, part, marks=[pytest.mark.slow] * (case[0] in TRAINED and TRAINED.index(case[0]) != part))
+        pytest.param(*case, part, marks=[pytest.mark.slow] * is_slow(*case, part))
         for case in CASES
         for part in range(PARTS)
     ],

@@ -32,10 +32,9 @@ from hf_slim import (
 from hf_slim.compaction.zeros import zero_units
 
 
-def run(family, folder, *, live, spread=0.1, **settings):
-    trainer = make_trainer(
-        build(family, spread=spread, **NO_DROPOUT.get(family, {})), folder, slim_live=live, **settings
-    )
+def run(family, folder, *, live, spread=0.1, changes=None, **settings):
+    model = build(family, spread=spread, **NO_DROPOUT.get(family, {}), **(changes or {}))
+    trainer = make_trainer(model, folder, slim_live=live, **settings)
     trajectory = Trajectory()
     trajectory.watched = slim_callback(trainer)
     trainer.add_callback(trajectory)
@@ -139,7 +138,7 @@ def test_the_best_model(tmp_path):
 
 def test_compilation(tmp_path):
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "slim_frequency": 1, "max_steps": 14}
-    settings |= {"slim_start": 2, "slim_end": 12, "slim_round_to": 1}
+    settings |= {"slim_start": 2, "slim_end": 12, "slim_round_to": 1, "changes": {"num_hidden_layers": 1}}
     masked, trajectory = run("bert", tmp_path / "masked", live=False, **{**settings, "torch_compile": False})
     live, shrinking = run("bert", tmp_path / "live", live=True, **settings)
     compare(trajectory, shrinking)
@@ -261,7 +260,7 @@ def test_nothing_is_compiled_again_between_pruning_steps(live, tmp_path):
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 12, "slim_round_to": 1}
     settings |= {"slim_start": 3, "slim_end": 9, "slim_frequency": 3, "slim_schedule": "linear"}
     settings |= {"ffn2_sparsity": 0.0, "mha_sparsity": 0.0} if live is None else {}
-    trainer = make_trainer(dropout_free(), tmp_path, slim_live=live or False, **settings)
+    trainer = make_trainer(dropout_free(num_hidden_layers=1), tmp_path, slim_live=live or False, **settings)
     if live is None:
         trainer.remove_callback(SlimTrainerCallback)
     graphs = Graphs()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import runpy
@@ -23,7 +22,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -159,11 +158,9 @@ def _serve(path: str) -> None:
 
 def _bury() -> None:
     """Take note of the ends of forks."""
-    try:
+    with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def _answer(line: socket.socket) -> None:
@@ -234,7 +231,7 @@ def _run_command(command: str, *arguments: str) -> None:
 def _import_libraries(modules: Sequence[str]) -> None:
     """These, and what is imported late when a model is saved and loaded."""
     for name in modules:
-        if importlib.util.find_spec(name):
+        with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: F401
 

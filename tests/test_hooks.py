@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import build, half_masks
+from warm_python import WarmPython
 
 from hf_slim import find_structures, save_slimmed
 from hf_slim.compaction.zeros import zero_units
@@ -18,9 +19,10 @@ from hf_slim.hooks import install_hooks
 
 HEAVY = {"accelerate", "datasets", "evaluate", "hf_slim", "numpy", "torch", "transformers"}
 
+LATE = "transformers, then hf_slim"
 ORDERS = {
     "hf_slim, then transformers": "import hf_slim; from transformers import AutoModel, PreTrainedModel, Trainer",
-    "transformers, then hf_slim": "import transformers.trainer; from transformers import AutoModel; import hf_slim",
+    LATE: "import sys; del sys.modules['hf_slim']; import transformers.trainer; import hf_slim",
     "hf_slim between": "from transformers import PreTrainedModel; import hf_slim; import transformers.trainer",
 }
 
@@ -119,9 +121,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ORDERS)
-def used(request, folder: Path) -> dict:
-    """What a fresh process sees that imports in one of the orders."""
-    printed = run(ORDERS[request.param] + USE, folder, request.param)
+def used(request, folder: Path, warm_python: WarmPython) -> dict:
+    """What a process sees that imports in one of the orders; one that has imported transformers before is a fork."""
+    code = ORDERS[request.param] + USE
+    if request.param == LATE:
+        done = warm_python.run(code, folder, request.param, library=False)
+        assert done.status == 0, done.stderr[-6000:]
+        printed = done.stdout
+    else:
+        printed = run(code, folder, request.param)
     return {"folder": folder, "order": request.param, **json.loads(printed.splitlines()[-1])}
 
 
@@ -167,9 +175,9 @@ def test_the_console_script_is_the_command_that_is_quick():
     assert '"hf-slim = hf_slim_command:main"' in text and '{"hf_slim_command": "hf_slim/cli/hf_slim_command"}' in text
 
 
-def test_python_runs_the_command_as_a_module():
-    command = [sys.executable, "-m", "hf_slim.cli", "train"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+def test_python_runs_the_command_as_a_module(warm_python):
+    command = ["python", "-m", "hf_slim.cli", "train"]
+    done = subprocess.run(command, env=warm_python.environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "hf-slim: error: No such command 'train'. See `hf-slim --help`."
 

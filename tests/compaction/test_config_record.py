@@ -1,6 +1,7 @@
 """The shape record: what is written, what is built from it, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -258,9 +259,17 @@ BAD_RECORDS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def slim_bert(tmp_path_factory):
+    """The folder of a slim model."""
+    folder = tmp_path_factory.mktemp("bert")
+    slim_folder("bert", folder)
+    return folder
+
+
 @pytest.mark.parametrize(("change", "error", "message"), BAD_RECORDS)
-def test_a_bad_record_is_refused(change, error, message, tmp_path):
-    slim_folder("bert", tmp_path)
+def test_a_bad_record_is_refused(change, error, message, slim_bert, tmp_path):
+    shutil.copytree(slim_bert, tmp_path, dirs_exist_ok=True)
     edit(tmp_path, change)
     for auto_class in (AutoModelForSequenceClassification, AutoModel, transformers.AutoModelForTokenClassification):
         for trust in (None, True):

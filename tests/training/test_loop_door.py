@@ -44,7 +44,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("live", [False, True, "auto"])
+@pytest.mark.parametrize("live", [False, True, pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ORDERS, ids=" ".join)
 @pytest.mark.parametrize(
     "at", [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)]

@@ -165,7 +165,8 @@ def need_data(name: str) -> Path:
 @pytest.fixture
 def blind_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     """Discovery takes whatever has a known layout, so that a numerical proof is all that stands in the way."""
-    monkeypatch.setattr("hf_slim.structures.discovery.find_strange", lambda model, path, structure: None)
+    for look in ("find_hook", "find_strange"):
+        monkeypatch.setattr(f"hf_slim.structures.discovery.{look}", lambda model, path, structure: None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -30,12 +30,15 @@ from hf_slim.saving.report import render_table
 VERDICTS = ("skipped", "exact", "refused", "kept as zeros", "warned of", "WRONG")
 """What may become of an odd module: nothing looks like a structure; it computes the same; `VerificationError`; live
 compaction goes on with zeros; it differs, and a warning has said that nothing is proven; it differs silently."""
-BLIND = "hf_slim.structures.discovery.find_strange"
+BLIND = ("hf_slim.structures.discovery.find_hook", "hf_slim.structures.discovery.find_strange")
 
 
 def blind() -> AbstractContextManager[object]:
     """Let discovery take whatever has a known layout."""
-    return mock.patch(BLIND, lambda model, path, structure: None)
+    stack = ExitStack()
+    for look in BLIND:
+        stack.enter_context(mock.patch(look, lambda model, path, structure: None))
+    return stack
 
 
 def compute(model: torch.nn.Module) -> torch.Tensor:

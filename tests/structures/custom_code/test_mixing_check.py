@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_slim.structures.custom_code import mixing_check
 from hf_slim.structures.custom_code.activation_functions import InconclusiveError
-from hf_slim.structures.custom_code.mixing_check import find_strange
+from hf_slim.structures.custom_code.mixing_check import find_hook, find_strange
 from hf_slim.structures.discovery import find_structures
 
 
@@ -20,12 +20,12 @@ class Relu(nn.Module):
         return x.relu()
 
 
-def strange(change=lambda model: None):
+def strange(change=lambda model: None, find=find_strange):
     """What is said of the first network of a BERT after a change."""
     model = build("bert")
     structure = next(s for s in find_structures(model).structures if s.kind == "ffn")
     change(model.bert.encoder.layer[0])
-    return find_strange(model, "bert.encoder.layer.0", structure)
+    return find(model, "bert.encoder.layer.0", structure)
 
 
 def test_code_of_transformers_is_not_tried(monkeypatch):
@@ -38,11 +38,12 @@ def test_hooks_are_in_the_way():
     def scale(module, inputs, output):
         return output * 2
 
-    reason = strange(lambda layer: layer.output.dense.register_forward_hook(scale))
+    reason = strange(lambda layer: layer.output.dense.register_forward_hook(scale), find_hook)
     path = "bert.encoder.layer.0.output.dense"
     assert reason.startswith(f"a hook on {path} (test_hooks_are_in_the_way.<locals>.scale) may change what goes")
-    reason = strange(lambda layer: layer.intermediate.register_forward_pre_hook(partial(scale, None)))
+    reason = strange(lambda layer: layer.intermediate.register_forward_pre_hook(partial(scale, None)), find_hook)
     assert reason.startswith("a hook on bert.encoder.layer.0.intermediate (partial) may change what goes through it")
+    assert strange(find=find_hook) is None
 
 
 def test_an_activation_that_mixes_is_named_when_nothing_else_is_known(monkeypatch):

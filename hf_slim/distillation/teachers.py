@@ -112,7 +112,8 @@ def check_teacher(teacher: Any, model: nn.Module) -> None:
         model: The model that is trained.
 
     Raises:
-        ValueError: If it is the model itself, shares weights with it, is sharded, or has another vocabulary.
+        ValueError: If it is the model itself, shares weights with it, is sharded, or has another vocabulary or
+            the labels in another order.
     """
     if not isinstance(teacher, nn.Module):
         raise ValueError(f"teacher_model must be a model, got {teacher!r}: name a folder or Hub name as slim_teacher.")
@@ -128,6 +129,13 @@ def check_teacher(teacher: Any, model: nn.Module) -> None:
             "pass a copy (copy.deepcopy), or slim_teacher='self'."
         )
     refuse_other_size(teacher, model, "vocab_size", "another vocabulary than")
+    labels = [_list_labels(find_pretrained(module)) for module in (teacher, model)]
+    if labels[0] != labels[1] and sorted(labels[0]) == sorted(labels[1]):
+        raise ValueError(
+            f"The teacher, a {type(teacher).__name__}, has the labels of the model that is trained in another order: "
+            f"{', '.join(labels[0])} and {', '.join(labels[1])} (id2label). It would teach the wrong ones: train "
+            "one of the two with the order of the other."
+        )
 
 
 def refuse_other_size(teacher: nn.Module, model: nn.Module, field: str, what: str) -> None:
@@ -232,3 +240,9 @@ def _memory_of(parameter: torch.Tensor) -> tuple[torch.device, int]:
 
 def _read(models: list[PreTrainedModel], field: str) -> Any:
     return getattr(models[0].config.get_text_config(), field, None) if models else None
+
+
+def _list_labels(models: list[PreTrainedModel]) -> list[str]:
+    """The names of the labels in their order."""
+    found = getattr(models[0].config, "id2label", None) if models else None
+    return [str(name) for _, name in sorted(found.items())] if found else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -107,7 +108,7 @@ def make_batches(
 
 @contextmanager
 def naming_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterator[None]:
-    """Say on which batch a model failed that cannot run on it; what it says itself, as a ValueError, is left as it is.
+    """Say on which batch a model failed that cannot run on it; a ValueError of ours is left as it is.
 
     Args:
         model: The model.
@@ -122,9 +123,11 @@ def naming_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Ite
     """
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except RUN_ERRORS as error:
+        if isinstance(error, ValueError) and _is_ours(error):
+            raise
         shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in batch.items() if isinstance(v, torch.Tensor))
         raise ValueError(
             f"{type(model).__name__} cannot run on calibration batch {number}, of {shapes}: {error}. "
@@ -136,6 +139,12 @@ def naming_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Ite
 def has_decoder(model: nn.Module) -> bool:
     """Whether labels make the inputs of a decoder behind an encoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this library raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("hf_slim.")
 
 
 def _is_indexed(dataset: Any) -> bool:
@@ -202,6 +211,11 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _collate(collate: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lacking = {name: number for name in columns for number, row in enumerate(rows) if name not in row}
+    if lacking:
+        name, number = next(iter(lacking.items()))
+        raise ValueError(f"Sample {number} of a batch has no {name!r}, which others do: give it to all, or to none.")
     try:
         return dict(collate([dict(row) for row in rows]))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

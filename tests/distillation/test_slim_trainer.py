@@ -591,6 +591,11 @@ def test_what_cannot_be_a_teacher_is_refused_at_once(tmp_path):
         (None, {"slim_teacher": "dense"}, "slim_teacher='dense' is for `hf-slim run`"),
         ("self", {}, "teacher_model must be a model, got 'self'"),
         (build("bert", vocab_size=98), {}, "another vocabulary than .* vocab_size is 98 and 99"),
+        (
+            build("bert", id2label={0: "LABEL_1", 1: "LABEL_0"}),
+            {},
+            "in another order: LABEL_1, LABEL_0 and LABEL_0, L",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make(model, tmp_path, teacher_model=teacher, **settings)

@@ -410,6 +410,26 @@ def test_data_that_do_not_fit_are_refused(data, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {"input_ids": row["input_ids"][None]}, "cannot run on .*: too many values"),
+        (
+            lambda row: {"attention_mask": row["input_ids"]},
+            "Sample 3 of a batch has no 'input_ids', which others do",
+        ),
+    ],
+)
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_rows_that_no_batch_can_be_made_of_are_named(change, message: str, scope: str) -> None:
+    model = build("bert")
+    state, rows = state_of(model), make_rows(model)
+    rows = [change(row) if number == 3 or "too many" in message else row for number, row in enumerate(rows)]
+    with pytest.raises(ValueError, match=message):
+        slim(model, rows, replace(HALF, slim_scope=scope), num_calibration_samples=24)
+    assert_same(model, state)
+
+
+@pytest.mark.parametrize(
     ("method", "scope"), [("obs", "local"), ("obs", "global"), ("flap", "local"), ("taylor", "local")]
 )
 @pytest.mark.parametrize("number", [0, 2])

@@ -13,7 +13,7 @@ from .config_record import (
     refresh_record,
 )
 from .cut_tensors import compact_model, grow_tensors, round_up
-from .dense_model import find_dense, find_unproven, mark_unproven
+from .dense_model import DenseModel, find_dense, find_unproven, mark_unproven
 from .module_copies import copy_modules
 from .numerical_proof import find_blamed
 from .optimizer_state import Slices, find_state_slices, has_state, refuse_other_sizes, refuse_other_units, zero_state

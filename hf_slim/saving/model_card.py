@@ -16,7 +16,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from .card_facts import CardFacts
 from .layer_svg import draw_layers
 from .own_repository import REPOSITORY, find_install_command
-from .report import SlimReport
+from .report import SLIM_ALREADY, SlimReport
 
 CARD = "README.md"
 PICTURE = "hf_slim_layers.svg"
@@ -127,6 +127,7 @@ def make_model_card(facts: CardFacts, report: SlimReport, *, repo_id: str, title
         template_path=str(_TEMPLATE),
         title=title or name,
         report=report,
+        whole="model as it was loaded" if SLIM_ALREADY in report.missing else "dense model",
         facts=facts,
         auto_class="" if title else facts.auto_class,
         rows=list(_list_rows(facts, report)),

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 _RULE = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
 """No line but one under the header."""
+SLIM_ALREADY = (
+    "The model was slim already when it was loaded, by the slim_report.json of its folder, but its structures or their "
+    'units are not those of that report: "before" is not the dense model, but what was loaded.'
+)
+"""In what a report misses, where it cannot be told what a model was."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class SlimReport:
     missing: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        """The totals, then a line for each structure, then the budget, then those that are not proven."""
+        """The totals, a line for each structure, the budget, those not proven, and whether it was slim before."""
         rows = [
             ("", "", "before", "after", "change"),
             *((name, "", *_row(name, before, after, spec)[1:]) for name, before, after, spec in self.list_totals()),
@@ -79,6 +84,8 @@ class SlimReport:
             lines.append(f"budget: {self.budget}")
         if self.unproven:
             lines.append(f"not proven: {', '.join(self.unproven)}")
+        if SLIM_ALREADY in self.missing:
+            lines.append(SLIM_ALREADY)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,8 +46,8 @@ from .card_facts import Provenance, find_settings, is_number
 from .hub_upload import add_hub_fields, check_keywords, push_folder
 from .layer_bars import StructureSize
 from .model_folder import write_folder
-from .past_slimming import add_past, find_past
-from .report import SlimReport, count_bytes, count_parameters
+from .past_slimming import add_past, count_past_costs, find_past
+from .report import SLIM_ALREADY, SlimReport, count_bytes, count_parameters
 from .trainer_batches import find_batch
 from .training_data import find_data_name, find_data_names
 from .wrapped_models import can_save, copy_model
@@ -197,6 +197,7 @@ def _slim(
     slim, proof = merge_proven(slim, proof)
     dense = find_dense(slim)
     before = count_parameters(dense.model), count_bytes(dense.model)
+    past_costs = count_past_costs(slim, dense)
     skeleton = (
         make_small_skeleton(slim, dense.structures, dense.sizes)
         if proof is not None
@@ -217,7 +218,9 @@ def _slim(
         known.slimmer.plan.report_budget(kept) if known.slimmer is not None else None,
         *costs,
     )
-    report = add_past(report, slim)
+    report = add_past(report, slim, past_costs)
+    if SLIM_ALREADY in report.missing:
+        logger.warning(f"save_slimmed: {SLIM_ALREADY}")
     if report.parameters_after == report.parameters_before:
         logger.warning("save_slimmed: no unit of the model is zero, so it is saved at the size it has.")
     if proof is not None and unproven:

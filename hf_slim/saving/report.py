@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _RULE = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
 """No line but one under the header."""
 SLIM_ALREADY = (
-    "The model was slim already when it was loaded, by the slim_report.json of its folder, but its structures or their "
-    'units are not those of that report: "before" is not the dense model, but what was loaded.'
+    "The model was slim already when it was loaded, by the slim_report.json of its folder, but its structures or "
+    'their units are not those of that report: "before" is not the dense model, but what was loaded.'
 )
 """In what a report misses, where it cannot be told what a model was."""
 

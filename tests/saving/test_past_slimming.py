@@ -189,7 +189,7 @@ def test_a_report_of_other_weights_is_not_believed(stock, tmp_path, caplog):
 @pytest.fixture
 def stock_bert(tmp_path):
     """A slim BERT with a head whose config says the sizes by fields, and what its report says."""
-    return tmp_path / "stock", save(masked_channels(build("bert")), tmp_path / "stock")
+    return tmp_path / "stock", save_slimmed(masked_channels(build("bert")), tmp_path / "stock")
 
 
 def masked_channels(model, keep=lambda structure: structure.units // 2):
@@ -228,7 +228,7 @@ def test_of_a_model_that_loses_layers_it_is_said_that_it_was_slim(stock_bert, tm
     assert is_said(tmp_path / "one", report, caplog) and report.parameters_before == report.parameters_after
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
     assert is_said(tmp_path / "two", save(again, tmp_path / "two"), caplog)  # it is not forgotten
-    further = save(masked_channels(again), tmp_path / "three")
+    further = save(model_slim(masked_channels(again), 1), tmp_path / "three")
     assert further.parameters_before == report.parameters_after > further.parameters_after
     assert is_said(tmp_path / "three", further, caplog)
 
@@ -237,13 +237,13 @@ def test_a_stock_model_slimmed_to_several_sizes_is_what_it_was_at_first(stock_be
     folder, first = stock_bert
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     uneven = masked_channels(loaded, keep=lambda s: 24 if ".0." in s.name else 16)
-    second = save_slimmed(uneven, tmp_path / "uneven")
+    second = save_slimmed(model_slim(uneven, 1), tmp_path / "uneven")
     for way in ("three", "four"):
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "uneven")
         assert save_slimmed(again, tmp_path / way) == second
     assert sizes(second) == [(128, 40), (8, 8)] and second.parameters_before == DENSE == first.parameters_before
     assert (second.bytes_before, second.flops_before) == (first.bytes_before, first.flops_before)
-    further = save(masked_channels(again, keep=lambda s: 8), tmp_path / "five")
+    further = save(model_slim(masked_channels(again, keep=lambda s: 8), 1), tmp_path / "five")
     assert sizes(further) == [(128, 16), (8, 8)] and further.parameters_before == DENSE
     assert not is_said(tmp_path / "five", further, caplog)
 

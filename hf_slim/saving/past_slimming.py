@@ -141,11 +141,11 @@ def add_past(report: SlimReport, model: nn.Module, costs: Costs | None) -> SlimR
     knows_all = all(then.before == size.before for then, size in pairs)
     if first.parameters_before == first.parameters_after or (past.has_record and pairs and knows_all):
         return report
-    if len(pairs) < len(first.structures) or not _are_explained(first, pairs, costs):
+    lost = _count_lost(first, report, pairs, costs) if len(pairs) == len(first.structures) else None
+    if lost is None:
         return _say_slim(report)
     if knows_all:  # the dense model, saved over a slim one
         return report
-    lost = round(sum(costs.of(size.name, then.before) - costs.of(size.name, size.before) for then, size in pairs))
     befores = {size.name: then.before for then, size in pairs}
     per_parameter = (first.bytes_before - first.bytes_after) / (first.parameters_before - first.parameters_after)
     return replace(
@@ -169,14 +169,21 @@ def _match_names(first: SlimReport, now: Collection[str], path: str, model: nn.M
     return max(matches, key=lambda match: sum(name in now for name in match.values()))
 
 
-def _are_explained(first: SlimReport, pairs: _Pairs, costs: Costs) -> bool:
-    """Whether the units of today are those of the loaded report: the sizes fit, and cost what it says they cost."""
+def _count_lost(first: SlimReport, report: SlimReport, pairs: _Pairs, costs: Costs) -> int | None:
+    """How many parameters the model had lost that the report does not count; None if that cannot be told.
+
+    It can if the units of today are those of the loaded report: their numbers fit, and they cost what it says.
+    """
+    said = first.parameters_before - first.parameters_after
+    if report.parameters_before == first.parameters_after and all(then.after == size.before for then, size in pairs):
+        return said
     for then, size in pairs:
         is_between = then.after < size.before < then.before and size.after <= then.after
         if then.kind != size.kind or not (size.before in (then.before, then.after) or is_between):
-            return False
-    lost = sum(costs.of(size.name, then.before) - costs.of(size.name, then.after) for then, size in pairs)
-    return round(lost) == first.parameters_before - first.parameters_after
+            return None
+    if said != round(sum(costs.of(size.name, then.before) - costs.of(size.name, then.after) for then, size in pairs)):
+        return None
+    return round(sum(costs.of(size.name, then.before) - costs.of(size.name, size.before) for then, size in pairs))
 
 
 def _say_slim(report: SlimReport) -> SlimReport:

@@ -131,7 +131,7 @@ def running_python(folder: Path, environment: Mapping[str, str], modules: Sequen
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            assert process.stdout.readline() == "ready\n"
+            assert "ready\n" in iter(process.stdout.readline, ""), "the process has ended"  # others print, too
             yield WarmPython(folder, environment)
         finally:
             process.stdin.close()  # both of them end with it

@@ -3,13 +3,14 @@
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from distributed import compare
-from warm_python import WarmPython
 
 TESTS = Path(__file__).parents[1]
 IN_TWO = ("torchrun", "--standalone", "--nproc_per_node", "2")
@@ -21,13 +22,15 @@ WITH_DEEPSPEED = [
 
 
 @pytest.fixture(scope="session")
-def launch(warm_python: WarmPython):
-    """Runs a command in the folder of the tests; what it imports is imported already."""
+def launch(request: pytest.FixtureRequest):
+    """Runs a command in the folder of the tests; what it imports is imported already, but for DeepSpeed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    if importlib.util.find_spec("deepspeed") is None:
+        environment = request.getfixturevalue("warm_python").environment()
 
     def launch(*command: str) -> None:
-        done = subprocess.run(
-            command, cwd=TESTS, env=warm_python.environment(), capture_output=True, text=True, timeout=800
-        )
+        done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stderr[-6000:]
 
     return launch

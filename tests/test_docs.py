@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import run_page
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from run_page import EXEMPT, find_blocks, find_commands
 from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel
@@ -143,7 +144,10 @@ def test_a_notebook_runs(path: Path, short: bool, tmp_path: Path, warm_python: W
     manager = AsyncKernelManager()
     manager.kernel_spec.argv[0] = str(warm_python.commands() / "python")
     client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env=warm_python.environment())
+    try:
+        client.execute(env=warm_python.environment())
+    finally:
+        run_sync(manager.shutdown_kernel)(now=True)  # nbclient leaves a kernel alone whose manager it was given
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

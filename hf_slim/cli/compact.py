@@ -48,7 +48,7 @@ def compact(model: str, output_dir: str) -> SlimReport:
     folder = model if Path(model).is_dir() else snapshot_download(model, ignore_patterns=list(_LEFT_OUT))
     parameters = count_parameters(loaded)
     report = save_slimmed(loaded, output_dir, processing_class=_OtherFiles(Path(folder)))
-    if report.parameters_after == parameters:
+    if report.parameters_after == parameters < report.parameters_before:  # else save_slimmed says so
         logger.warning(
             f"No unit of {model} is zero, or too few for a multiple of {SlimConfig().slim_round_to}, so that nothing "
             f"was removed: {output_dir} holds the same model."

@@ -33,9 +33,7 @@ def find_hook(model: nn.Module, path: str, structure: Structure) -> str | None:
     Returns:
         The reason to leave the structure alone, None if there is none.
     """
-    module = find_child(model, path)
-    assert module is not None
-    parts = dict(_parts(module, relative(structure, path)))
+    parts = _find_parts(model, path, structure)[1]
     hooks = (_find_hook(join(path, name), part) for name, part in parts.items() if name)
     return next((reason for reason in hooks if reason is not None), None)
 
@@ -54,9 +52,7 @@ def find_strange(model: nn.Module, path: str, structure: Structure) -> str | Non
     Returns:
         The reason to leave the structure alone, None if there is none.
     """
-    module = find_child(model, path)
-    assert module is not None
-    parts = dict(_parts(module, relative(structure, path)))
+    module, parts = _find_parts(model, path, structure)
     mixed = next(_find_mixed_activations(parts), None) if structure.kind == "ffn" else None
     if mixed is None and all(_is_known(part) for part in parts.values()):
         return None
@@ -69,6 +65,13 @@ def find_strange(model: nn.Module, path: str, structure: Structure) -> str | Non
         except UnreadableError as unread:
             return mixed or f"{reason}, and {unread}"
         return None
+
+
+def _find_parts(model: nn.Module, path: str, structure: Structure) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The module that matched a layout, and the parts whose code a structure's values go through."""
+    module = find_child(model, path)
+    assert module is not None
+    return module, dict(_parts(module, relative(structure, path)))
 
 
 def _parts(module: nn.Module, structure: Structure) -> Iterator[tuple[str, nn.Module]]:

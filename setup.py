@@ -5,10 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PLOT = ["matplotlib"]
-BENCH = [*PLOT, "psutil"]
+BENCH = PLOT
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
-LINTERS = ["ruff", "mypy", "pre-commit"]
+LINTERS = ["ruff", "mypy", "types-greenlet", "pre-commit"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
 GGUF = ["gguf"]
@@ -32,6 +32,8 @@ setup(
         "accelerate>=1.7",
         "datasets>=4",
         "evaluate>=0.4.6",
+        "greenlet>=3",
+        "psutil",
         "rich",
         "typer",
     ],

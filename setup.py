@@ -5,8 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PLOT = ["matplotlib"]
-BENCH = PLOT
-DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *BENCH]
+DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *PLOT]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
 LINTERS = ["ruff", "mypy", "types-greenlet", "pre-commit"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
@@ -32,15 +31,15 @@ setup(
         "accelerate>=1.7",
         "datasets>=4",
         "evaluate>=0.4.6",
-        "greenlet>=3",
-        "psutil",
+        "greenlet>=3.1",
+        "psutil>=7.2",
         "rich",
         "typer",
     ],
     extras_require={
         "test": TEST,
         "docs": DOCS,
-        "bench": BENCH,
+        "bench": PLOT,
         "plot": PLOT,
         "gguf": GGUF,
         "integrations": INTEGRATIONS,

@@ -39,7 +39,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     precision = torch.get_float32_matmul_precision()
-    with evaluating(model):
+    device = find_device(model).type
+    with evaluating(model), torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
         for module in model.modules():
             config: Any = module.__dict__.get("config")
             if getattr(config, "use_cache", None):
@@ -150,8 +151,8 @@ def _collect(
     found = _make_moments(model, readers, whole=True)
     for one in waiting:
         note = partial(_note, found, one.batch, once=once)
-        with Watch(model, readers, note), naming_batch(model, one.batch, one.number):
-            one.run_module()
+        with naming_batch(model, one.batch, one.number):
+            one.run_module(Watch(model, readers, note))
     return found
 
 

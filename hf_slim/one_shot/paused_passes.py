@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,49 +17,17 @@ from ..parallel import find_device
 from .calibration_batches import naming_batch
 from .kept_weights import finish
 from .paged_memory import PagedMemory
+from .thread_modes import Modes
 
 
 class Enough(BaseException):
     """Ends a run of a module in which all has been seen."""
 
 
-@dataclass(frozen=True)
-class Modes:
-    """What PyTorch keeps for a thread that changes how it computes, of which a pass that waits must leave nothing.
-
-    Args:
-        is_inference: Whether in `torch.inference_mode`.
-        has_grad: Whether gradients are recorded.
-        autocast: For each type of device whether `torch.autocast` is on, and for which dtype.
-    """
-
-    is_inference: bool
-    has_grad: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @classmethod
-    def read(cls, devices: Collection[str]) -> Modes:
-        """What they are now, for these types of devices."""
-        autocast = tuple((name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices)
-        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Compute in these modes; what autocast has cast of weights is cast anew in them, and after them."""
-        with ExitStack() as stack:
-            stack.callback(torch.clear_autocast_cache)
-            stack.enter_context(torch.inference_mode(self.is_inference))
-            stack.enter_context(torch.set_grad_enabled(self.has_grad))
-            for name, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(name, dtype=dtype, enabled=enabled))
-            torch.clear_autocast_cache()
-            yield
-
-
 class PausedPass(greenlet):
     """One forward pass, with a stack of its own, which runs only while `advance` waits for it.
 
-    All passes run in one thread, since libraries for products keep memory for each thread that they have run in.
+    All passes run in one thread, since MKL, OpenMP and the allocator keep memory for each thread that has computed.
 
     Args:
         model: The model.
@@ -89,9 +57,13 @@ class PausedPass(greenlet):
         self._cancelled = False
 
     def run(self) -> None:
-        """The pass."""
-        with torch.no_grad(), naming_batch(self._model, self.batch, self.number):
-            self._model(**self._send(self.batch))
+        """The pass; what it raises when it is to end is nobody's concern, but for an interrupt."""
+        try:
+            with torch.no_grad(), naming_batch(self._model, self.batch, self.number):
+                self._model(**self._send(self.batch))
+        except BaseException as error:
+            if not self._cancelled or isinstance(error, KeyboardInterrupt):
+                raise
 
     def advance(self) -> None:
         """Let it run until it waits at a module, or ends; raises what it raises."""
@@ -100,12 +72,19 @@ class PausedPass(greenlet):
         self.switch()
         self._memory.page_out()
 
-    def run_module(self) -> Any:
-        """Run the module that it waits at, on what it waits with; the pass itself stays where it is."""
+    def run_module(self, watch: AbstractContextManager[Any]) -> Any:
+        """Run the module that it waits at, on what it waits with; the pass itself stays where it is.
+
+        Args:
+            watch: What to run it in.
+
+        Returns:
+            What the module gives; None if `watch` had seen enough before.
+        """
         assert self.module is not None
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, self._inputs)  # some modules write to their inputs
         try:
-            with self._inside.enter():
+            with self._inside.enter(), watch:
                 return self.module(*args, **kwargs)
         except Enough:
             return None
@@ -114,14 +93,13 @@ class PausedPass(greenlet):
 
     def pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Wait at a module; called in the pass itself."""
-        if not self._cancelled:
-            self.module, self._inputs = module, (args, kwargs)
-            self._inside = Modes.read(self._devices)
-            assert self.parent is not None
-            with self._outside.enter():
-                self.parent.switch()
-        if self._cancelled:
+        if self._cancelled:  # and has caught that
             raise GreenletExit
+        self.module, self._inputs = module, (args, kwargs)
+        self._inside = Modes.read(self._devices)
+        assert self.parent is not None
+        with self._outside.enter():
+            self.parent.switch()
 
     def cancel(self) -> None:
         """End it where it waits, or where it would wait next."""
@@ -173,10 +151,11 @@ class PausedPasses:
 
     def close(self) -> None:
         """End all of them."""
-        for handle in self._handles:
-            handle.remove()
         for one in self._passes:
             one.cancel()
+        for handle in self._handles:
+            handle.remove()
+        self._memory.close()
 
     def _pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         current = getcurrent()
@@ -184,13 +163,19 @@ class PausedPasses:
             current.pause(module, args, kwargs)
 
     def _page(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Move what a module gives in a pass out of memory, but for what it was given itself."""
+        """Move what a module gives in a pass out of memory, but for what shares it with its inputs or other outputs.
+
+        What it also keeps for itself is then another tensor.
+        """
         if not isinstance(getcurrent(), PausedPass):
             return None
-        given = {_find_storage(value) for value in tree_leaves((args, kwargs))}
         found, structure = tree_flatten(output)
-        copies = {id(value): self._memory.copy(value) for value in found if _find_storage(value) not in (None, *given)}
-        return tree_unflatten([copies.get(id(value), value) for value in found], structure) if copies else None
+        places = [_find_storage(value) for value in (*found, *tree_leaves((args, kwargs)))]
+        moved = [
+            value if place is None or places.count(place) > 1 else self._memory.move(value)
+            for value, place in zip(found, places, strict=False)
+        ]
+        return None if all(map(operator.is_, moved, found)) else tree_unflatten(moved, structure)
 
 
 def _find_beside(model: nn.Module, holds: Collection[nn.Module]) -> set[nn.Module]:

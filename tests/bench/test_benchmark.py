@@ -137,13 +137,12 @@ def test_bad_flags_are_refused_before_any_work(folder, changes, message):
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "psutil"])
 @pytest.mark.parametrize("flags", [["--help"], ["--models", "gpt2"]])
-def test_without_the_extra_one_line_says_what_to_install(package, flags, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(("hf_slim.bench", f"{package}."))]:
+def test_without_the_extra_one_line_says_what_to_install(flags, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("hf_slim.bench", "matplotlib."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    assert refuse("bench", *flags) == f"this needs {package}: `pip install {package}`"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert refuse("bench", *flags) == "this needs matplotlib: `pip install matplotlib`"
 
 
 def test_usage(capsys):

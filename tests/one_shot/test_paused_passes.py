@@ -1,15 +1,18 @@
 """Forward passes that wait: each goes on as if it had never stopped, and what it set leaves nothing anywhere else."""
 
 import contextvars
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
 import pytest
 import torch
 from conftest import FAMILIES, build
-from test_slimming import HALF, assert_same, make_rows, state_of
+from test_slimming import HALF, assert_same, make_rows, pytorch_is_as_it_was, state_of  # noqa: F401
+from torch.overrides import TorchFunctionMode
 
 from hf_slim import slim
 from hf_slim.one_shot import paged_memory
@@ -50,6 +53,10 @@ def through(model: Model, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def write_to_input(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    args[0].add_(1)
+
+
 def go(model: Model, batches: int = 3, values: tuple[int, ...] = (2, 4)) -> None:
     """Run batches that wait at every block."""
     rows = [{"x": torch.full(values, float(number + 1))} for number in range(batches)]
@@ -58,7 +65,7 @@ def go(model: Model, batches: int = 3, values: tuple[int, ...] = (2, 4)) -> None
             waiting = passes.waiting_at(block)
             assert [one.number for one in waiting] == list(range(batches))
             for one in waiting:
-                one.run_module()
+                one.run_module(nullcontext())
             passes.release(block)
 
 
@@ -71,6 +78,14 @@ def test_paged_and_unpaged_passes_slim_alike(family: str, monkeypatch: pytest.Mo
         slim(model, make_rows(model), HALF, num_calibration_samples=24, batch_size=5)
         states.append(state_of(model))
     assert_same(model, states[0])
+
+
+def test_blocks_that_write_to_their_inputs_can_be_run_beside_the_pass() -> None:
+    model = Model(through)
+    for block in model.blocks:
+        block.register_forward_pre_hook(write_to_input)
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[3.0 * (2 * n + 3)] for n in (1, 2, 3)]
 
 
 def test_all_passes_run_in_the_thread_that_asked() -> None:
@@ -90,19 +105,17 @@ def test_autocast_of_a_forward_pass_holds_in_it_alone(dtype: torch.dtype) -> Non
 
     def around(model: Model, x: torch.Tensor) -> torch.Tensor:
         outside.append((torch.mm(x, x.t()).dtype, torch.is_autocast_enabled("cpu")))
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast("cpu", dtype=dtype, cache_enabled=False):
             x = through(model, x)
         outside.append((torch.mm(x.float(), x.float().t()).dtype, torch.is_autocast_enabled("cpu")))
         return x
 
     model, kinds = Model(around), []
-    handles = [
-        block.linear.register_forward_hook(lambda *args: kinds.append(args[-1].dtype)) for block in model.blocks
-    ]
+    for block in model.blocks:
+        block.linear.register_forward_hook(lambda *args: kinds.append(args[-1].dtype))
     go(model)
     assert set(outside) == {(torch.float32, False)} and len(outside) == 6
     assert set(kinds) == {dtype} and len(kinds) == 12  # in the passes, and where blocks are run by themselves
-    assert len(handles) == 2 and not torch.is_autocast_enabled("cpu")
 
 
 def test_weights_that_autocast_has_cast_are_cast_anew_after_a_change() -> None:
@@ -114,7 +127,7 @@ def test_weights_that_autocast_has_cast_are_cast_anew_after_a_change() -> None:
     with paused(model, [{"x": torch.ones(2, 4)}] * 2, list(model.blocks), lambda batch: batch) as passes:
         for block in model.blocks:
             for one in passes.waiting_at(block):
-                one.run_module()
+                one.run_module(nullcontext())
             with torch.no_grad():
                 block.linear.weight.mul_(10)
             passes.release(block)
@@ -163,39 +176,117 @@ def test_context_variables_of_the_caller_are_seen_and_those_of_a_pass_are_its_ow
     assert seen == ["the caller's"] * 3 + ["batch 1", "batch 2", "batch 3"]
 
 
-def test_what_a_module_was_given_and_gives_back_stays_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (lambda module, x: x, 2.0),  # as dropout does in evaluation mode
+        (lambda module, x: (x * 1).unflatten(0, (1, 2)).unbind()[0], 1.0),
+    ],
+)
+def test_what_shares_memory_goes_on_sharing_it(share: Any, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_memory, "_LEAST", 0)
+
+    class Beside(torch.nn.Module):
+        forward = share
+
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        start = torch.ones(2, 4)
+        same = model.beside(start)
+        through(model, x)
+        same += 1
+        return start
+
+    model = Model(around)
+    model.beside = Beside()
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[expected]] * 3
+
+
+def test_outputs_that_share_memory_go_on_sharing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_memory, "_LEAST", 0)
+
+    class Halves(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = x * 1
+            return x, x[:1]
+
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        whole, half = model.beside(x)
+        through(model, x)
+        half.zero_()
+        return whole
+
+    model = Model(around)
+    model.beside = Halves()
+    go(model)
+    assert [result.sum(1).tolist() for result in model.results] == [[0.0, 4.0 * n] for n in (1, 2, 3)]
+
+
+def test_gradients_within_a_forward_pass_are_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_memory, "_LEAST", 0)
 
     def around(model: Model, x: torch.Tensor) -> torch.Tensor:
-        start = x.clone()
-        same = model.before(start)  # as dropout does in evaluation mode
-        x = through(model, x)
-        same += 1
-        return x + start
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(through(model, x).sum(), x)[0]
 
     model = Model(around)
     go(model)
-    assert [result.unique().tolist() for result in model.results] == [[8.0], [15.0], [22.0]]  # 6 x + (x + 1)
+    assert all(bool((result == 6).all()) for result in model.results) and len(model.results) == 3
 
 
-def test_a_pass_that_catches_everything_is_ended_all_the_same() -> None:
+class Shift(TorchFunctionMode):
+    """Adds one to what linear layers give."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See the class."""
+        result = func(*args, **(kwargs or {}))
+        return result + 1 if func is torch.nn.functional.linear else result
+
+
+def test_function_modes_of_a_forward_pass_hold_in_it_alone() -> None:
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        assert torch.empty(1).device.type == "cpu"
+        with Shift(), torch.device("meta"):
+            assert torch.empty(1).device.type == "meta"
+            x = through(model, x)
+            assert torch.empty(1).device.type == "meta"
+        assert torch.empty(1).device.type == "cpu"
+        return x
+
+    model = Model(around)
+    rows = [{"x": torch.full((2, 4), float(number))} for number in range(3)]
+    with Shift(), paused(model, rows, list(model.blocks), lambda batch: batch) as passes:
+        for block in model.blocks:
+            assert torch.empty(1).device.type == "cpu"
+            assert bool((torch.nn.functional.linear(torch.zeros(2), torch.zeros(1, 2)) == 1).all())
+            given = [one.run_module(nullcontext()) for one in passes.waiting_at(block)]
+            passes.release(block)
+    assert [float(one.mean()) for one in given] == [3.0 * (2 * n + 2) + 2 for n in range(3)]  # shifted twice
+    assert [float(result.mean()) for result in model.results] == [3.0 * (2 * n + 2) + 2 for n in range(3)]
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("again", [lambda model, x: model.blocks[1](x), lambda model, x: model.blocks[5]])
+def test_passes_that_catch_everything_are_ended_all_the_same(again: Callable[[Model, torch.Tensor], Any]) -> None:
     ended = []
 
     def around(model: Model, x: torch.Tensor) -> torch.Tensor:
         try:
             return through(model, x)
         except BaseException:
-            return model.blocks[1](x)
+            return again(model, x)
         finally:
             ended.append(1)
 
     model = Model(around)
+    rows = [{"x": torch.ones(2, 4)}] * 4
     with (
-        pytest.raises(RuntimeError, match="mine"),
-        paused(model, [{"x": torch.ones(2, 4)}] * 3, list(model.blocks), lambda batch: batch),
+        pytest.raises(KeyboardInterrupt, match="mine"),
+        paused(model, rows, list(model.blocks), lambda batch: batch),
     ):
-        raise RuntimeError("mine")
-    assert len(ended) == 3
+        raise KeyboardInterrupt("mine")
+    assert len(ended) == 4 and not model.results
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -208,7 +299,7 @@ def test_passes_that_have_not_begun_never_do() -> None:
 
 
 def test_what_waits_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(psutil.Process().memory_info(), "shared"):
+    if sys.platform != "linux" or not hasattr(psutil, "heap_trim"):
         pytest.skip("memory is given back by the system's own choice elsewhere")
     sizes = (1 << 20, 4)  # 16 MB a batch
 
@@ -224,6 +315,6 @@ def test_what_waits_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None
         passes.release(model.blocks[0])
         used.append(process.memory_info().rss - before)
         for one in passes.waiting_at(model.blocks[1]):
-            one.run_module()
+            one.run_module(nullcontext())
             used.append(process.memory_info().rss - before)
     assert max(used) < 100 * 1e6  # of 336 MB that the passes hold

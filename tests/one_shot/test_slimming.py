@@ -56,7 +56,8 @@ def assert_same(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(autouse=True)
 def pytorch_is_as_it_was() -> Iterator[None]:
     yield
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
 
 
 # ------------------------------------------------------------------------------------------------- what comes out
@@ -99,6 +100,16 @@ def test_shared_layers_experts_towers_and_norms_over_heads(model_type: str) -> N
     config = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=1)
     report = slim(model, loader, config, num_calibration_samples=3 * rows)
     assert report.parameters_after < report.parameters_before and report.unproven == ()
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    states = []
+    for context in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = build("llama")
+        with context:
+            slim(model, make_rows(model), SlimConfig(ffn2_sparsity=0.5, slim_round_to=8), num_calibration_samples=24)
+        states.append(state_of(model))
+    assert_same(model, states[0])
 
 
 def find_kept(dense: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,10 @@ def slim(
     last: what the layer behind the units reads (FFN2, output projection) says which units cost least, and the weights
     that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
     next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
-    on disk meanwhile; if anything is raised, it is as it was, bit for bit, but for an interrupt in the moment in which
-    the files on disk are deleted, when all is done. The slim model computes what the model
-    with zeros in place of its units does, which is compared on a sample.
+    in temporary files meanwhile, and so is, on the CPU, what the forward passes hold while they wait. If anything is
+    raised, the model is as it was, bit for bit, but for an interrupt in the moment in which those files are deleted, when
+    all is done. The slim model computes what the model with zeros in place of its units does, which is compared on a
+    sample.
 
     Save the result by `save_slimmed`, whose card then says all this, or by `save_pretrained`, or train it first.
 
@@ -80,6 +81,7 @@ def slim(
         ValueError: If an argument or the data do not fit, the model cannot be slimmed so far or at all, or its
             activations are not finite; the message says where.
         VerificationError: If the model computes something else without its zero units.
+        OSError: If there is no room for temporary files.
     """
     if method not in get_args(MethodName):
         raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}.")

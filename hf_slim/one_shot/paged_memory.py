@@ -7,7 +7,6 @@ import tempfile
 from typing import BinaryIO, cast
 from weakref import WeakSet
 
-import psutil
 import torch
 
 _LEAST = 1 << 16
@@ -58,17 +57,10 @@ class PagedMemory:
         return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
 
     def page_out(self) -> None:
-        """Give back the memory of what is held, and that which the allocator keeps free.
-
-        On Windows the system pages out by itself; a C library other than glibc may not trim what it keeps.
-        """
-        if not self._held:
-            return
+        """Give back the memory of what is held; on Windows the system does so by itself."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for pages in self._held:
                 pages.madvise(mmap.MADV_DONTNEED)
-        if hasattr(psutil, "heap_trim"):
-            psutil.heap_trim()
 
     def close(self) -> None:
         """Take no more tensors into the last file; those in it stay."""

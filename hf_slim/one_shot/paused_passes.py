@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
@@ -136,8 +137,7 @@ class PausedPasses:
 
     def start(self) -> None:
         """Run all to the first module that they wait at."""
-        for one in self._passes:
-            one.advance()
+        self._advance(self._passes)
 
     def waiting_at(self, module: nn.Module) -> list[PausedPass]:
         """The passes that wait at a module; some have not come to it, where it is run for some inputs only."""
@@ -146,8 +146,7 @@ class PausedPasses:
     def release(self, module: nn.Module) -> None:
         """Let all that wait at a module go on to the next, and none wait there again."""
         self._holds.discard(module)
-        for one in self.waiting_at(module):
-            one.advance()
+        self._advance(self.waiting_at(module))
 
     def close(self) -> None:
         """End all of them."""
@@ -156,6 +155,13 @@ class PausedPasses:
         for handle in self._handles:
             handle.remove()
         self._memory.close()
+
+    @staticmethod
+    def _advance(passes: Sequence[PausedPass]) -> None:
+        for one in passes:
+            one.advance()
+        if hasattr(psutil, "heap_trim"):  # not with every C library
+            psutil.heap_trim()
 
     def _pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         current = getcurrent()

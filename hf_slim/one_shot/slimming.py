@@ -52,9 +52,9 @@ def slim(
     that stay are changed so that its output is, in the least-squares sense, as near as can be to what it was. The
     next layer is slimmed on what the model slimmed so far gives. No gradients are needed. What the model was is kept
     in temporary files meanwhile, and so is, on the CPU, what the forward passes hold while they wait. If anything is
-    raised, the model is as it was, bit for bit, but for an interrupt in the moment in which those files are deleted, when
-    all is done. The slim model computes what the model with zeros in place of its units does, which is compared on a
-    sample.
+    raised, the model is as it was, bit for bit, but for an interrupt in the moment in which those files are deleted,
+    when all is done. The slim model computes what the model with zeros in place of its units does, which is compared
+    on a sample.
 
     Save the result by `save_slimmed`, whose card then says all this, or by `save_pretrained`, or train it first.
 

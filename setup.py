@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 PLOT = ["matplotlib"]
 DOCS = ["sphinx>=8,<9", "myst-parser>=4,<6", "furo", *PLOT]
 INTEGRATIONS = ["trl", "sentence-transformers>=6", "peft"]
-LINTERS = ["ruff", "mypy", "types-greenlet", "pre-commit"]
+LINTERS = ["ruff", "mypy", "pre-commit"]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", *LINTERS]
 OPTIMIZERS = ["bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "schedulefree", "torch-optimi"]
 GGUF = ["gguf"]
@@ -31,7 +31,6 @@ setup(
         "accelerate>=1.7",
         "datasets>=4",
         "evaluate>=0.4.6",
-        "greenlet>=3.1",
         "psutil>=7.2",
         "rich",
         "typer",

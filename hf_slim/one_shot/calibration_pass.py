@@ -18,7 +18,7 @@ from ..proof import evaluating
 from ..structures import Structure, get_tensor
 from .calibration_batches import Calibration, naming_batch
 from .input_moments import Moments, take_rows
-from .paused_passes import Enough, PausedPass, paused
+from .paused_passes import Enough, PausedPass, PausedPasses, paused
 from .reading_layers import Gathered, Reader, Watch, find_readers
 from .stops import find_stops
 
@@ -89,7 +89,7 @@ def visit_layers(
         for stop in stops:
             for structure, once in stop.structures:
                 waiting = passes.waiting_at(stop.module)
-                found = _collect(model, readers[structure], waiting, once=once)
+                found = _collect(model, readers[structure], passes, waiting, once=once)
                 _require_reached(structure, found)
                 handle(structure, found)
                 bar.update()
@@ -145,14 +145,14 @@ def _make_moments(model: nn.Module, readers: Sequence[Reader], *, whole: bool) -
 
 @torch.no_grad()
 def _collect(
-    model: nn.Module, readers: Sequence[Reader], waiting: Sequence[PausedPass], *, once: bool
+    model: nn.Module, readers: Sequence[Reader], passes: PausedPasses, waiting: Sequence[PausedPass], *, once: bool
 ) -> dict[Reader, Moments]:
     """Run the module at which passes wait, for what readers in it read."""
     found = _make_moments(model, readers, whole=True)
     for one in waiting:
         note = partial(_note, found, one.batch, once=once)
         with naming_batch(model, one.batch, one.number):
-            one.run_module(Watch(model, readers, note))
+            passes.run_module(one, Watch(model, readers, note))
     return found
 
 

@@ -36,12 +36,14 @@ class PagedMemory:
 
         Returns:
             One with the same values; the tensor itself where it is small, not contiguous, of a subclass, not on the
-            CPU, or wants a gradient.
+            CPU, wants a gradient, or has attributes.
 
         Raises:
             OSError: If there is no room.
         """
-        plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
+        plain = (
+            type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not (tensor.requires_grad or vars(tensor))
+        )
         if not plain or tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous() or tensor.nbytes < _LEAST:
             return tensor
         try:

@@ -3,111 +3,178 @@
 from __future__ import annotations
 
 import contextvars
-import operator
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..parallel import find_device
 from .calibration_batches import naming_batch
 from .kept_weights import finish
 from .paged_memory import PagedMemory
-from .thread_modes import Modes
+from .replaced_forward import ReplacedForward
+from .thread_state import is_plain
+
+_BEGIN = 1.0
+"""Seconds in which a thread that was asked to begin has begun, if it ever does."""
+
+
+class _Cancelled(BaseException):
+    """Ends a pass that nobody needs any more."""
 
 
 class Enough(BaseException):
     """Ends a run of a module in which all has been seen."""
 
 
-class PausedPass(greenlet):
-    """One forward pass, with a stack of its own, which runs only while `advance` waits for it.
+class PausedPass(threading.Thread):
+    """One forward pass, in a thread of its own, which runs only while `advance` waits for it.
 
-    All passes run in one thread, since MKL, OpenMP and the allocator keep memory for each thread that has computed.
+    What is costly in it is run by the thread that advances it: MKL, OpenMP and the allocator keep memory, and OpenMP
+    threads, for each thread that has computed.
 
     Args:
         model: The model.
         batch: What it is given.
         number: The number of the batch.
         send: Brings a batch to the model's device.
-        memory: Where what it holds while it waits may lie.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Any],
-        number: int,
-        send: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        memory: PagedMemory,
+        self, model: nn.Module, batch: Mapping[str, Any], number: int, send: Callable[[Mapping[str, Any]], Any]
     ) -> None:
         """See the class."""
-        super().__init__()
-        self.gr_context = contextvars.copy_context()
+        super().__init__(daemon=True, name="hf_slim-pass")
         self.batch, self.number = batch, number
         self.module: nn.Module | None = None
-        self._model, self._send, self._memory = model, send, memory
-        self._inputs: tuple[Any, Any] = ((), {})
-        self._devices = dict.fromkeys(("cpu", find_device(model).type))
-        self._outside = self._inside = Modes.read(self._devices)
-        self._cancelled = False
-
-    def run(self) -> None:
-        """The pass; what it raises when it is to end is nobody's concern, but for an interrupt."""
-        try:
-            with torch.no_grad(), naming_batch(self._model, self.batch, self.number):
-                self._model(**self._send(self.batch))
-        except BaseException as error:
-            if not self._cancelled or isinstance(error, KeyboardInterrupt):
-                raise
+        self._model, self._send = model, send
+        self._forward: partial[Any] | None = None
+        self._task: Callable[[], Any] | None = None
+        self._answer: tuple[Any, BaseException | None] = (None, None)
+        self._order: Callable[[], Any] | None = None
+        self._context = contextvars.copy_context()
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._asked, self._begun = False, threading.Event()
+        self._error: BaseException | None = None
+        self._cancelled = self._is_plain = self.is_ordered = False
 
     def advance(self) -> None:
         """Let it run until it waits at a module, or ends; raises what it raises."""
-        self.module, self._inputs = None, ((), {})
-        self._outside = Modes.read(self._devices)
-        self.switch()
-        self._memory.page_out()
+        self.module = self._forward = None
+        self._proceed()
 
-    def run_module(self, watch: AbstractContextManager[Any]) -> Any:
+    def run_module(self, watch: AbstractContextManager[Any]) -> None:
         """Run the module that it waits at, on what it waits with; the pass itself stays where it is.
 
         Args:
             watch: What to run it in.
+        """
+        assert self._forward is not None
+        run = partial(_run_within, watch, self._forward)
+        if self._is_plain:
+            run()
+        else:  # modes and the like are those of its thread
+            self._order = run
+            self._proceed()
+
+    def pause(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Wait at a module; called in the thread itself.
+
+        Args:
+            module: The module.
+            forward: Its forward method.
+            args: What it is called with.
+            kwargs: The same by name.
+        """
+        self.module, self._forward, self._is_plain = module, partial(forward, *args, **kwargs), is_plain()
+        self._wait()
+        while self._order is not None:
+            order, self._order, self.is_ordered = self._order, None, True
+            try:
+                order()
+            except BaseException as error:  # raised again by `run_module`
+                self._error = error
+            self.is_ordered = False
+            self._wait()
+
+    def hand_over(self, task: Callable[[], Any]) -> Any:
+        """Have something done by the thread that waits for this one; called in the thread itself.
+
+        Args:
+            task: What to do.
 
         Returns:
-            What the module gives; None if `watch` had seen enough before.
+            What it gives; raises what it raises.
         """
-        assert self.module is not None
-        args, kwargs = tree_map_only(torch.Tensor, torch.clone, self._inputs)  # some modules write to their inputs
-        try:
-            with self._inside.enter(), watch:
-                return self.module(*args, **kwargs)
-        except Enough:
-            return None
-        finally:
-            self._memory.page_out()
-
-    def pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Wait at a module; called in the pass itself."""
-        if self._cancelled:  # and has caught that
-            raise GreenletExit
-        self.module, self._inputs = module, (args, kwargs)
-        self._inside = Modes.read(self._devices)
-        assert self.parent is not None
-        with self._outside.enter():
-            self.parent.switch()
+        self._task = task
+        del task
+        self._wait()
+        (result, error), self._answer = self._answer, (None, None)
+        if error is not None:
+            raise error
+        return result
 
     def cancel(self) -> None:
         """End it where it waits, or where it would wait next."""
         self._cancelled = True
-        self.module, self._inputs = None, ((), {})
-        if not self.dead:
-            self.throw(GreenletExit)
+        self.module = self._forward = None
+        self._go.release()
+        if self._begun.wait(_BEGIN if self._asked else 0):  # an interrupt within `start` may be faster than the thread
+            self.join()
+
+    def run(self) -> None:
+        """What the thread does."""
+        self._begun.set()
+        try:
+            if not self._cancelled:
+                self._context.run(self._pass)
+        except _Cancelled:
+            pass
+        except BaseException as error:  # raised again by `advance`, in the thread that waits
+            self._error = error
+        finally:
+            self._paused.release()
+
+    def _pass(self) -> None:
+        with torch.no_grad(), naming_batch(self._model, self.batch, self.number):
+            self._model(**self._send(self.batch))
+
+    def _proceed(self) -> None:
+        if not self._asked:
+            self._asked = True
+            self.start()
+        else:
+            self._go.release()
+        self._paused.acquire()
+        while self._task is not None:
+            self._answer = self._attempt()
+            self._go.release()
+            self._paused.acquire()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _attempt(self) -> tuple[Any, BaseException | None]:
+        task, self._task = self._task, None
+        assert task is not None
+        try:
+            with torch.no_grad():
+                return task(), None
+        except BaseException as error:  # raised again by `hand_over`, in the pass
+            return None, error
+
+    def _wait(self) -> None:
+        if not self._cancelled:
+            self._paused.release()
+            self._go.acquire()
+        if self._cancelled:
+            raise _Cancelled
+        torch.clear_autocast_cache()  # weights may have changed
 
 
 class PausedPasses:
@@ -125,23 +192,37 @@ class PausedPasses:
         model: nn.Module,
         batches: Sequence[Mapping[str, Any]],
         holds: Collection[nn.Module],
-        send: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        send: Callable[[Mapping[str, Any]], Any],
     ) -> None:
         """See the class."""
         self._holds = set(holds)
         self._memory = PagedMemory()
-        self._passes = [PausedPass(model, batch, number, send, self._memory) for number, batch in enumerate(batches)]
-        self._handles = [module.register_forward_pre_hook(self._pause, with_kwargs=True) for module in self._holds]
-        for module in _find_beside(model, self._holds) | self._holds:
-            self._handles.append(module.register_forward_hook(self._page, with_kwargs=True))
+        self._passes = [PausedPass(model, batch, number, send) for number, batch in enumerate(batches)]
+        self._forwards = [ReplacedForward(part, self._run) for part in _find_beside(model, self._holds) | self._holds]
+
+    def __deepcopy__(self, memo: Any) -> PausedPasses:
+        """Itself: a model may copy its modules, whose forward methods come here."""
+        return self
 
     def start(self) -> None:
         """Run all to the first module that they wait at."""
+        for forward in self._forwards:
+            forward.replace()
         self._advance(self._passes)
 
     def waiting_at(self, module: nn.Module) -> list[PausedPass]:
         """The passes that wait at a module; some have not come to it, where it is run for some inputs only."""
         return [one for one in self._passes if one.module is module]
+
+    def run_module(self, one: PausedPass, watch: AbstractContextManager[Any]) -> None:
+        """Run the module at which a pass waits, which stays where it is.
+
+        Args:
+            one: The pass.
+            watch: What to run it in.
+        """
+        one.run_module(watch)
+        self._memory.page_out()
 
     def release(self, module: nn.Module) -> None:
         """Let all that wait at a module go on to the next, and none wait there again."""
@@ -152,47 +233,63 @@ class PausedPasses:
         """End all of them."""
         for one in self._passes:
             one.cancel()
-        for handle in self._handles:
-            handle.remove()
+        for forward in self._forwards:
+            forward.put_back()
         self._memory.close()
 
-    @staticmethod
-    def _advance(passes: Sequence[PausedPass]) -> None:
+    def _advance(self, passes: Sequence[PausedPass]) -> None:
         for one in passes:
             one.advance()
+            self._memory.page_out()
         if hasattr(psutil, "heap_trim"):  # not with every C library
             psutil.heap_trim()
 
-    def _pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        current = getcurrent()
-        if isinstance(current, PausedPass) and module in self._holds:
-            current.pause(module, args, kwargs)
+    def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What is done in place of the forward method of a module at which passes wait, or of one beside those."""
+        current = threading.current_thread()
+        if not isinstance(current, PausedPass) or current.is_ordered:
+            return forward(*args, **kwargs)
+        if module in self._holds:
+            current.pause(module, forward, args, kwargs)
+        if not is_plain() or not self._holds.isdisjoint(module.modules()):  # others may wait within it
+            return forward(*args, **kwargs)
+        output = current.hand_over(partial(forward, *args, **kwargs))
+        known = {_find_storage(value) for value in (*tree_leaves((args, kwargs)), *_tensors_of(module))}
+        if type(output) is tuple and len({_find_storage(value) for value in output}) == len(output):
+            return tuple(self._move(value, known) for value in output)
+        return self._move(output, known)
 
-    def _page(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Move what a module gives in a pass out of memory, but for what shares it with its inputs or other outputs.
+    def _move(self, value: Any, known: Collection[int | None]) -> Any:
+        """Move a tensor out of memory that a module gave and that lies nowhere else in sight."""
+        place = _find_storage(value)
+        return value if place is None or place in known else self._memory.move(value)
 
-        What it also keeps for itself is then another tensor.
-        """
-        if not isinstance(getcurrent(), PausedPass):
-            return None
-        found, structure = tree_flatten(output)
-        places = [_find_storage(value) for value in (*found, *tree_leaves((args, kwargs)))]
-        moved = [
-            value if place is None or places.count(place) > 1 else self._memory.move(value)
-            for value, place in zip(found, places, strict=False)
-        ]
-        return None if all(map(operator.is_, moved, found)) else tree_unflatten(moved, structure)
+
+def _run_within(watch: AbstractContextManager[Any], forward: partial[Any]) -> None:
+    """Run a module until enough was seen, on copies of its inputs, since some write to them."""
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (forward.args, forward.keywords))
+    try:
+        with watch:
+            forward.func(*args, **kwargs)
+    except Enough:
+        pass
 
 
 def _find_beside(model: nn.Module, holds: Collection[nn.Module]) -> set[nn.Module]:
-    """The largest modules that are neither within those to wait at nor around them."""
+    """The largest modules that neither are within those to wait at nor around them."""
     around = {module for module in model.modules() if not set(module.modules()).isdisjoint(holds)}
-    return {part for module in around - set(holds) for part in module.children()} - around
+    beside = {part for module in around - set(holds) for part in module.children()} - around
+    return {module for module in beside if not isinstance(module, torch.jit.ScriptModule)}
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _find_storage(value: Any) -> int | None:
     """Where the values of a plain tensor lie; None for all else."""
-    plain = type(value) is torch.Tensor and value.layout == torch.strided
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
     return value.untyped_storage().data_ptr() if plain else None
 
 

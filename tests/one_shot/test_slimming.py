@@ -3,6 +3,8 @@
 import copy
 import random
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,6 +32,7 @@ from hf_slim.one_shot.brain_surgery import DAMPING
 from hf_slim.one_shot.calibration_batches import cut_batch
 from hf_slim.one_shot.kept_weights import KeptWeights
 from hf_slim.one_shot.output_error import OutputError
+from hf_slim.one_shot.paused_passes import PausedPass
 from hf_slim.proof import VerificationError, make_inputs
 
 HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
@@ -58,6 +61,7 @@ def pytorch_is_as_it_was() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_slim-pass"]
 
 
 # ------------------------------------------------------------------------------------------------- what comes out
@@ -286,7 +290,7 @@ def test_nothing_is_left_behind(method: str) -> None:
     assert model.training and all(module.training for module in model.modules())
     assert model.lm_head.weight.grad is gradient
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert model.config.use_cache == config.use_cache and torch.is_grad_enabled()
 
 
@@ -605,7 +609,7 @@ def test_whatever_is_raised_the_model_is_as_it_was(where: str, error: type, monk
     assert_same(model, state)
     assert model.config.to_dict() == config and model.training
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -624,6 +628,36 @@ def test_an_error_within_a_forward_pass_is_raised_and_ends_all_passes(error: typ
         slim(model, make_rows(model), HALF, num_calibration_samples=24)
     handle.remove()
     assert raised is error or "cannot run on calibration batch" in str(caught.value)
+    assert_same(model, state)
+
+
+def test_an_interrupt_while_a_thread_begins_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    state, ran, begin = state_of(model), [], threading.Thread._bootstrap
+    monkeypatch.setattr(PausedPass, "_pass", lambda *args: ran.append(1))
+
+    def begin_late(thread: threading.Thread) -> None:
+        time.sleep(0.2)
+        begin(thread)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
+
+    def start(thread: threading.Thread) -> None:
+        thread._started, whole = Interrupted(), thread._started
+        try:
+            original(thread)
+        finally:
+            thread._started = whole
+
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "_bootstrap", begin_late)
+    monkeypatch.setattr(PausedPass, "start", start, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_slim-pass"]
+    assert not ran
     assert_same(model, state)
 
 
@@ -687,7 +721,9 @@ def test_what_passes_hold_is_small_and_they_make_few_runs() -> None:
     model = build("llama")
     calls: dict[str, int] = {"block": 0, "embed": 0}
     handles = [
-        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.update(block=calls["block"] + 1)),
+        model.model.layers[0].input_layernorm.register_forward_pre_hook(
+            lambda *_: calls.update(block=calls["block"] + 1)
+        ),
         model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.update(embed=calls["embed"] + 1)),
     ]
     slim(model, make_rows(model), HALF, num_calibration_samples=24, batch_size=8)

@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 
 
 @keeping_random_state()
+@torch.inference_mode(False)  # the weights that it makes are to be trained
 def slim(
     model: nn.Module,
     dataset: Any,

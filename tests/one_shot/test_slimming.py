@@ -116,6 +116,15 @@ def test_autocast_around_it_changes_nothing() -> None:
     assert_same(model, states[0])
 
 
+def test_a_model_that_was_slimmed_in_inference_mode_can_be_trained() -> None:
+    model = build("llama")
+    with torch.inference_mode():
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+        assert torch.is_inference_mode_enabled()
+    model(**make_batch(model)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def find_kept(dense: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """Which rows of a weight are left."""
     kept = (dense[:, None] == left[None]).all(-1).any(-1)

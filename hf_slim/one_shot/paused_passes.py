@@ -61,7 +61,8 @@ class PausedPass(threading.Thread):
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._asked, self._begun = False, threading.Event()
         self._error: BaseException | None = None
-        self._cancelled = self._is_plain = self.is_ordered = False
+        self._cancelled = self._is_plain = False
+        self.is_ordered = False  # whether it runs a module beside the pass
 
     def advance(self) -> None:
         """Let it run until it waits at a module, or ends; raises what it raises."""
@@ -244,8 +245,12 @@ class PausedPasses:
         if hasattr(psutil, "heap_trim"):  # not with every C library
             psutil.heap_trim()
 
-    def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What is done in place of the forward method of a module at which passes wait, or of one beside those."""
+    def _run(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What is done in place of the forward method of a module at which passes wait, or of one beside those.
+
+        In a pass, what it gives is moved out of memory, but for what shares memory with its inputs, its weights or
+        other outputs. What it also keeps for itself is then another tensor.
+        """
         current = threading.current_thread()
         if not isinstance(current, PausedPass) or current.is_ordered:
             return forward(*args, **kwargs)
@@ -254,15 +259,13 @@ class PausedPasses:
         if not is_plain() or not self._holds.isdisjoint(module.modules()):  # others may wait within it
             return forward(*args, **kwargs)
         output = current.hand_over(partial(forward, *args, **kwargs))
-        known = {_find_storage(value) for value in (*tree_leaves((args, kwargs)), *_tensors_of(module))}
-        if type(output) is tuple and len({_find_storage(value) for value in output}) == len(output):
-            return tuple(self._move(value, known) for value in output)
-        return self._move(output, known)
-
-    def _move(self, value: Any, known: Collection[int | None]) -> Any:
-        """Move a tensor out of memory that a module gave and that lies nowhere else in sight."""
-        place = _find_storage(value)
-        return value if place is None or place in known else self._memory.move(value)
+        given = output if type(output) is tuple else (output,)
+        places = [_find_storage(value) for value in (*given, *tree_leaves((args, kwargs)), *_tensors_of(module))]
+        moved = [
+            value if place is None or places.count(place) > 1 else self._memory.move(value)
+            for value, place in zip(given, places, strict=False)
+        ]
+        return tuple(moved) if type(output) is tuple else moved[0]
 
 
 def _run_within(watch: AbstractContextManager[Any], forward: partial[Any]) -> None:

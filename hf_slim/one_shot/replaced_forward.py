@@ -8,19 +8,17 @@ from typing import Any
 
 from torch import nn
 
-Run = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
-"""Takes the module, its forward method, and the arguments; gives what the module is to give."""
-
 
 class ReplacedForward:
     """Replaces the forward method of one module, as accelerate does for modules that it offloads.
 
     Args:
         module: The module.
-        run: What is done instead.
+        run: What is done instead; takes the module, its forward method, and what that takes. Copies of the module do
+            the same with themselves.
     """
 
-    def __init__(self, module: nn.Module, run: Run) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         """See the class."""
         self._module, self._run = module, run
         self._own = vars(module).get("forward")
@@ -28,14 +26,11 @@ class ReplacedForward:
 
     def replace(self) -> None:
         """Do that from now on."""
-        forward: Callable[..., Any] = self._module.forward
-
-        @functools.wraps(forward)
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            return self._run(self._module, forward, args, kwargs)
-
+        forward = self._module.forward
         self._replaced = True
-        vars(self._module)["forward"] = instead
+        vars(self._module)["forward"] = functools.update_wrapper(
+            functools.partial(self._run, self._module, forward), forward
+        )
 
     def put_back(self) -> None:
         """As it was; can be done twice."""

@@ -1,6 +1,7 @@
 """Forward passes that wait: each goes on as if it had never stopped, and what it set leaves nothing anywhere else."""
 
 import contextvars
+import copy
 import sys
 import threading
 from collections.abc import Callable
@@ -209,6 +210,49 @@ def test_what_shares_memory_goes_on_sharing_it(share: Any, expected: float, monk
     model.beside = Beside()
     go(model)
     assert [result.unique().tolist() for result in model.results] == [[expected]] * 3
+
+
+def test_a_module_that_is_copied_in_a_pass_computes_with_its_own_weights() -> None:
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        other = copy.deepcopy(model.blocks[0])
+        other.linear.weight.data *= 10
+        return through(model, x) + other(x)
+
+    model = Model(around)
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[26.0 * n] for n in (1, 2, 3)]
+    assert float(copy.deepcopy(model.blocks[0])(torch.ones(1, 4)).sum()) == 8
+
+
+@pytest.mark.parametrize("own", [None, lambda x: x * 5])
+def test_forward_methods_are_what_they_were(own: Any) -> None:
+    model = Model(through)
+    if own is not None:
+        model.before.forward = own
+    go(model)
+    assert vars(model.before).get("forward") is own
+    assert [result.unique().tolist() for result in model.results] == [[(30.0 if own else 6.0) * n] for n in (1, 2, 3)]
+
+
+def test_tuples_are_moved_as_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_memory, "_LEAST", 0)
+    seen = []
+
+    class Several(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+            x = x * 1
+            seen.append(x.data_ptr())
+            return x, None, 3, x + 1, None
+
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        first, none, three, second, last = model.beside(x)
+        assert (none, three, last) == (None, 3, None) and first.data_ptr() != seen[-1]
+        return through(model, first + second)
+
+    model = Model(around)
+    model.beside = Several()
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[6.0 * (2 * n + 1)] for n in (1, 2, 3)]
 
 
 def test_outputs_that_share_memory_go_on_sharing_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..parallel import find_device
 from .calibration_batches import naming_batch
 from .kept_weights import finish
 from .paged_memory import PagedMemory
@@ -53,12 +55,12 @@ class PausedPass(threading.Thread):
         self.batch, self.number = batch, number
         self.module: nn.Module | None = None
         self._model, self._send = model, send
-        self._forward: partial[Any] | None = None
+        self._inputs: tuple[Any, Any] = ((), {})
         self._task: Callable[[], Any] | None = None
         self._answer: tuple[Any, BaseException | None] = (None, None)
         self._order: Callable[[], Any] | None = None
         self._context = contextvars.copy_context()
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._paused = SimpleQueue[None](), SimpleQueue[None]()  # in C: no interrupt falls into them
         self._asked, self._begun = False, threading.Event()
         self._error: BaseException | None = None
         self._cancelled = self._is_plain = False
@@ -66,7 +68,7 @@ class PausedPass(threading.Thread):
 
     def advance(self) -> None:
         """Let it run until it waits at a module, or ends; raises what it raises."""
-        self.module = self._forward = None
+        self.module, self._inputs = None, ((), {})
         self._proceed()
 
     def run_module(self, watch: AbstractContextManager[Any]) -> None:
@@ -75,24 +77,23 @@ class PausedPass(threading.Thread):
         Args:
             watch: What to run it in.
         """
-        assert self._forward is not None
-        run = partial(_run_within, watch, self._forward)
+        assert self.module is not None
+        run = partial(_run_within, watch, self.module, *self._inputs)
         if self._is_plain:
             run()
         else:  # modes and the like are those of its thread
             self._order = run
             self._proceed()
 
-    def pause(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Wait at a module; called in the thread itself.
 
         Args:
             module: The module.
-            forward: Its forward method.
             args: What it is called with.
             kwargs: The same by name.
         """
-        self.module, self._forward, self._is_plain = module, partial(forward, *args, **kwargs), is_plain()
+        self.module, self._inputs, self._is_plain = module, (args, kwargs), is_plain()
         self._wait()
         while self._order is not None:
             order, self._order, self.is_ordered = self._order, None, True
@@ -112,9 +113,13 @@ class PausedPass(threading.Thread):
         Returns:
             What it gives; raises what it raises.
         """
-        self._task = task
+        context = contextvars.copy_context()
+        self._task = partial(context.run, task)
         del task
         self._wait()
+        for variable, value in context.items():
+            if variable not in (own := contextvars.copy_context()) or own[variable] is not value:
+                variable.set(value)
         (result, error), self._answer = self._answer, (None, None)
         if error is not None:
             raise error
@@ -123,8 +128,8 @@ class PausedPass(threading.Thread):
     def cancel(self) -> None:
         """End it where it waits, or where it would wait next."""
         self._cancelled = True
-        self.module = self._forward = None
-        self._go.release()
+        self.module, self._inputs = None, ((), {})
+        self._go.put(None)
         if self._begun.wait(_BEGIN if self._asked else 0):  # an interrupt within `start` may be faster than the thread
             self.join()
 
@@ -139,7 +144,7 @@ class PausedPass(threading.Thread):
         except BaseException as error:  # raised again by `advance`, in the thread that waits
             self._error = error
         finally:
-            self._paused.release()
+            self._paused.put(None)
 
     def _pass(self) -> None:
         with torch.no_grad(), naming_batch(self._model, self.batch, self.number):
@@ -150,12 +155,12 @@ class PausedPass(threading.Thread):
             self._asked = True
             self.start()
         else:
-            self._go.release()
-        self._paused.acquire()
+            self._go.put(None)
+        self._paused.get()
         while self._task is not None:
             self._answer = self._attempt()
-            self._go.release()
-            self._paused.acquire()
+            self._go.put(None)
+            self._paused.get()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -171,8 +176,8 @@ class PausedPass(threading.Thread):
 
     def _wait(self) -> None:
         if not self._cancelled:
-            self._paused.release()
-            self._go.acquire()
+            self._paused.put(None)
+            self._go.get()
         if self._cancelled:
             raise _Cancelled
         torch.clear_autocast_cache()  # weights may have changed
@@ -199,7 +204,9 @@ class PausedPasses:
         self._holds = set(holds)
         self._memory = PagedMemory()
         self._passes = [PausedPass(model, batch, number, send) for number, batch in enumerate(batches)]
-        self._forwards = [ReplacedForward(part, self._run) for part in _find_beside(model, self._holds) | self._holds]
+        self._handles = [module.register_forward_pre_hook(self._pause, with_kwargs=True) for module in self._holds]
+        parts = _find_beside(model, self._holds) | self._holds if find_device(model).type == "cpu" else set()
+        self._forwards = [ReplacedForward(part, self._run) for part in parts]
 
     def __deepcopy__(self, memo: Any) -> PausedPasses:
         """Itself: a model may copy its modules, whose forward methods come here."""
@@ -234,6 +241,8 @@ class PausedPasses:
         """End all of them."""
         for one in self._passes:
             one.cancel()
+        for handle in self._handles:
+            handle.remove()
         for forward in self._forwards:
             forward.put_back()
         self._memory.close()
@@ -245,19 +254,22 @@ class PausedPasses:
         if hasattr(psutil, "heap_trim"):  # not with every C library
             psutil.heap_trim()
 
-    def _run(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        current = threading.current_thread()
+        if isinstance(current, PausedPass) and not current.is_ordered and module in self._holds:
+            current.pause(module, args, kwargs)
+
+    def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What is done in place of the forward method of a module at which passes wait, or of one beside those.
 
         In a pass, what it gives is moved out of memory, but for what shares memory with its inputs, its weights or
         other outputs. What it also keeps for itself is then another tensor.
         """
         current = threading.current_thread()
-        if not isinstance(current, PausedPass) or current.is_ordered:
+        is_beside = isinstance(current, PausedPass) and not current.is_ordered and is_plain()
+        if not is_beside or not self._holds.isdisjoint(module.modules()):  # others may wait within it
             return forward(*args, **kwargs)
-        if module in self._holds:
-            current.pause(module, forward, args, kwargs)
-        if not is_plain() or not self._holds.isdisjoint(module.modules()):  # others may wait within it
-            return forward(*args, **kwargs)
+        assert isinstance(current, PausedPass)
         output = current.hand_over(partial(forward, *args, **kwargs))
         given = output if type(output) is tuple else (output,)
         places = [_find_storage(value) for value in (*given, *tree_leaves((args, kwargs)), *_tensors_of(module))]
@@ -268,12 +280,12 @@ class PausedPasses:
         return tuple(moved) if type(output) is tuple else moved[0]
 
 
-def _run_within(watch: AbstractContextManager[Any], forward: partial[Any]) -> None:
+def _run_within(watch: AbstractContextManager[Any], module: nn.Module, args: Any, kwargs: Any) -> None:
     """Run a module until enough was seen, on copies of its inputs, since some write to them."""
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (forward.args, forward.keywords))
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
         with watch:
-            forward.func(*args, **kwargs)
+            module(*args, **kwargs)
     except Enough:
         pass
 

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
+from types import new_class
 from typing import Any
 
 from torch import nn
 
+Run = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
+"""Takes a module, its forward method and the arguments, and gives what the module is to give."""
+
 
 class ReplacedForward:
-    """Replaces the forward method of one module, as accelerate does for modules that it offloads.
+    """Has one module do something else in place of its forward method, by a class of its own.
+
+    A copy of the module does the same with itself. A forward method that is set on the module itself is not replaced.
 
     Args:
         module: The module.
-        run: What is done instead; takes the module, its forward method, and what that takes. Copies of the module do
-            the same with themselves.
+        run: What is done instead.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, run: Run) -> None:
         """See the class."""
-        self._module, self._run = module, run
-        self._own = vars(module).get("forward")
-        self._replaced = False
+        kind = type(module)
+        self._module, self._kind = module, kind
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return run(self, partial(kind.forward, self), args, kwargs)
+
+        names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        self._replaced = new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(names))
 
     def replace(self) -> None:
         """Do that from now on."""
-        forward = self._module.forward
-        self._replaced = True
-        vars(self._module)["forward"] = functools.update_wrapper(
-            functools.partial(self._run, self._module, forward), forward
-        )
+        self._module.__class__ = self._replaced
 
     def put_back(self) -> None:
         """As it was; can be done twice."""
-        if self._replaced:
-            vars(self._module).pop("forward", None)
-            if self._own is not None:
-                vars(self._module)["forward"] = self._own
-        self._replaced = False
+        if type(self._module) is self._replaced:
+            self._module.__class__ = self._kind

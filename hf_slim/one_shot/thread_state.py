@@ -10,11 +10,12 @@ def is_plain() -> bool:
 
     Returns:
         False within function or dispatch modes (`with torch.device(...)` is one), transforms of `torch.func`,
-        inference mode, autocast, or with gradients.
+        inference mode, autocast, tracing, or with gradients.
     """
     return not (
         torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
+        or torch.jit.is_tracing()
         or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()

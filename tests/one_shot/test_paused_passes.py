@@ -106,7 +106,7 @@ def test_what_is_costly_runs_in_the_thread_that_asked_unless_a_pass_has_modes_of
     alone = mode is not nullcontext
     assert threads[:3] == [False] * 3  # hooks of what is replaced run where it is called
     assert threads[3:] == [not alone] * 12
-    assert not vars(model.before).get("forward") and not any("forward" in vars(block) for block in model.blocks)
+    assert type(model.before) is torch.nn.Identity and all(type(block) is Block for block in model.blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,23 +167,54 @@ def test_gradient_and_inference_modes_hold_in_their_pass_alone(mode: Callable[[]
     assert read() == (True, False) and len(model.results) == 3
 
 
-def test_context_variables_of_the_caller_are_seen_and_those_of_a_pass_are_its_own() -> None:
+def test_context_variables_are_those_of_the_caller_and_then_of_each_pass() -> None:
     seen = []
 
+    class Set(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(SEEN.get())
+            SEEN.set(f"batch {int(x[0, 0])}")
+            return x
+
     def around(model: Model, x: torch.Tensor) -> torch.Tensor:
-        seen.append(SEEN.get())
-        SEEN.set(f"batch {int(x[0, 0])}")
-        x = through(model, x)
+        x = through(model, model.beside(x))
         seen.append(SEEN.get())
         return x
 
+    model = Model(around)
+    model.beside = Set()
+    model.blocks[1].linear.register_forward_pre_hook(lambda *args: seen.append(SEEN.get()))
     token = SEEN.set("the caller's")
     try:
-        go(Model(around))
+        rows = [{"x": torch.full((2, 4), float(number))} for number in range(3)]
+        with paused(model, rows, list(model.blocks), lambda batch: batch) as passes:
+            for block in model.blocks:
+                passes.release(block)
         assert SEEN.get() == "the caller's"
     finally:
         SEEN.reset(token)
-    assert seen == ["the caller's"] * 3 + ["batch 1", "batch 2", "batch 3"]
+    assert seen == ["the caller's"] * 3 + [f"batch {number}" for number in (0, 0, 1, 1, 2, 2)]
+
+
+def test_what_a_forward_pass_changes_of_its_modules_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        other = copy.copy(model.blocks[0])  # with weights of its own
+        other._modules = {"linear": torch.nn.Linear(4, 4, bias=False)}
+        other.linear.weight.data = torch.eye(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Identity, "forward", twice)
+            y = model.before(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.before, "forward", lambda x: 5 * x)
+            y = y + model.before(x)
+        return through(model, x) + other(x) + y
+
+    model = Model(around)
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[(6 + 1 + 2 + 5) * float(n)] for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +349,7 @@ def test_function_modes_of_a_forward_pass_hold_in_it_alone() -> None:
                 passes.run_module(one, nullcontext())
             handle.remove()
             passes.release(block)
-    assert not given  # what was run is the forward method
+    assert given == [1.0, 3.0, 5.0, 4.0, 10.0, 16.0]  # what the blocks give when they are run beside the passes
     assert [float(result.mean()) for result in model.results] == [3.0 * (2 * n + 1) + 1 for n in range(3)]
 
 
@@ -342,7 +373,8 @@ def test_passes_that_catch_everything_are_ended_all_the_same(again: Callable[[Mo
     ):
         raise KeyboardInterrupt("mine")
     assert len(ended) == 4 and not model.results
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert type(model.before) is torch.nn.Identity and all(type(block) is Block for block in model.blocks)
 
 
 def test_passes_that_have_not_begun_never_do() -> None:

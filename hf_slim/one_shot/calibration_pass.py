@@ -18,6 +18,7 @@ from ..proof import evaluating
 from ..structures import Structure, get_tensor
 from .calibration_batches import Calibration, naming_batch
 from .input_moments import Moments, take_rows
+from .kept_weights import finish
 from .paused_passes import Enough, PausedPass, PausedPasses, paused
 from .reading_layers import Gathered, Reader, Watch, find_readers
 from .stops import find_stops
@@ -39,7 +40,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     precision = torch.get_float32_matmul_precision()
-    device = find_device(model).type
+    device, modes = find_device(model).type, torch._C._len_torch_function_stack()
     with evaluating(model), torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
         for module in model.modules():
             config: Any = module.__dict__.get("config")
@@ -52,6 +53,13 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
+            finish(partial(_leave_modes, modes))
+
+
+def _leave_modes(count: int) -> None:
+    """Leave the function modes that are more than a number of them: an interrupt may fall into leaving `Watch`."""
+    while torch._C._len_torch_function_stack() > count:
+        torch._C._pop_torch_function_stack()
 
 
 def visit_layers(

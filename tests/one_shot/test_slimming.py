@@ -33,6 +33,7 @@ from hf_slim.one_shot.calibration_batches import cut_batch
 from hf_slim.one_shot.kept_weights import KeptWeights
 from hf_slim.one_shot.output_error import OutputError
 from hf_slim.one_shot.paused_passes import PausedPass
+from hf_slim.one_shot.reading_layers import Watch
 from hf_slim.proof import VerificationError, make_inputs
 
 HALF = SlimConfig(ffn2_sparsity=0.5, mha_sparsity=0.5, slim_round_to=8, slim_scope="local")
@@ -623,6 +624,23 @@ def test_whatever_is_raised_the_model_is_as_it_was(where: str, error: type, monk
     assert model.config.to_dict() == config and model.training
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
     assert not any(module._forward_pre_hooks or is_replaced(module) for module in model.modules())
+
+
+def test_an_interrupt_while_a_layer_is_left_leaves_nothing_that_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, leave = build("gpt2"), [], Watch.__exit__
+    state = state_of(model)
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return leave(self, *args)
+
+    monkeypatch.setattr(Watch, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, make_rows(model), HALF, num_calibration_samples=24)
+    assert len(calls) == 4 and torch._C._len_torch_function_stack() == 0
+    assert_same(model, state)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -266,10 +266,10 @@ class PausedPasses:
         other outputs. What it also keeps for itself is then another tensor.
         """
         current = threading.current_thread()
-        is_beside = isinstance(current, PausedPass) and not current.is_ordered and is_plain()
-        if not is_beside or not self._holds.isdisjoint(module.modules()):  # others may wait within it
+        if not isinstance(current, PausedPass) or current.is_ordered or not is_plain():
             return forward(*args, **kwargs)
-        assert isinstance(current, PausedPass)
+        if not self._holds.isdisjoint(module.modules()):  # it is to wait within it
+            return forward(*args, **kwargs)
         output = current.hand_over(partial(forward, *args, **kwargs))
         given = output if type(output) is tuple else (output,)
         places = [_find_storage(value) for value in (*given, *tree_leaves((args, kwargs)), *_tensors_of(module))]
@@ -304,7 +304,7 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
 
 def _find_storage(value: Any) -> int | None:
     """Where the values of a plain tensor lie; None for all else."""
-    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+    plain = type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
     return value.untyped_storage().data_ptr() if plain else None
 
 

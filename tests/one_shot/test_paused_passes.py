@@ -14,6 +14,7 @@ import torch
 from conftest import FAMILIES, build
 from test_slimming import HALF, assert_same, make_rows, pytorch_is_as_it_was, state_of  # noqa: F401
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_slim import slim
 from hf_slim.one_shot import paged_memory
@@ -304,6 +305,23 @@ def test_outputs_that_share_memory_go_on_sharing_it(monkeypatch: pytest.MonkeyPa
     model.beside = Halves()
     go(model)
     assert [result.sum(1).tolist() for result in model.results] == [[0.0, 4.0 * n] for n in (1, 2, 3)]
+
+
+def test_weights_without_storage_are_no_hindrance() -> None:
+    """As quantized weights are: a wrapper around others."""
+
+    class Double(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight.a
+
+    model = Model(lambda model, x: through(model, model.beside(x)))
+    model.beside = Double()
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[6.0 * n] for n in (1, 2, 3)]
 
 
 def test_gradients_within_a_forward_pass_are_had(monkeypatch: pytest.MonkeyPatch) -> None:

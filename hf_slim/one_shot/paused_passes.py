@@ -255,9 +255,16 @@ class PausedPasses:
             psutil.heap_trim()
 
     def _pause(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        current = threading.current_thread()
-        if isinstance(current, PausedPass) and not current.is_ordered and module in self._holds:
+        current = self._find_pass()
+        if current is not None and module in self._holds:
             current.pause(module, args, kwargs)
+
+    def _find_pass(self) -> PausedPass | None:
+        """The pass that this thread is, if it is one of these and runs no module beside itself."""
+        current = threading.current_thread()
+        if isinstance(current, PausedPass) and current in self._passes and not current.is_ordered:
+            return current
+        return None
 
     def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What is done in place of the forward method of a module at which passes wait, or of one beside those.
@@ -265,10 +272,8 @@ class PausedPasses:
         In a pass, what it gives is moved out of memory, but for what shares memory with its inputs, its weights or
         other outputs. What it also keeps for itself is then another tensor.
         """
-        current = threading.current_thread()
-        if not isinstance(current, PausedPass) or current.is_ordered or not is_plain():
-            return forward(*args, **kwargs)
-        if not self._holds.isdisjoint(module.modules()):  # it is to wait within it
+        current = self._find_pass()
+        if current is None or not is_plain() or not self._holds.isdisjoint(module.modules()):  # it is to wait in it
             return forward(*args, **kwargs)
         output = current.hand_over(partial(forward, *args, **kwargs))
         given = output if type(output) is tuple else (output,)

@@ -324,6 +324,26 @@ def test_weights_without_storage_are_no_hindrance() -> None:
     assert [result.unique().tolist() for result in model.results] == [[6.0 * n] for n in (1, 2, 3)]
 
 
+def test_passes_within_a_pass_wait_for_their_own() -> None:
+    inner = Model(through)
+
+    def around(model: Model, x: torch.Tensor) -> torch.Tensor:
+        go(inner)
+        return through(model, x)
+
+    model = Model(around)
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[6.0 * n] for n in (1, 2, 3)]
+    assert [result.unique().tolist() for result in inner.results] == [[6.0 * n] for n in (1, 2, 3)] * 3
+
+
+def test_modules_that_are_compiled_in_a_forward_pass_are_compiled_as_they_are() -> None:
+    compiled = torch.compile(lambda module, x: module(x) + 1, backend="eager", fullgraph=True)
+    model = Model(lambda model, x: through(model, compiled(model.before, x)))
+    go(model)
+    assert [result.unique().tolist() for result in model.results] == [[6.0 * (n + 1)] for n in (1, 2, 3)]
+
+
 def test_gradients_within_a_forward_pass_are_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_memory, "_LEAST", 0)
 

@@ -117,8 +117,9 @@ class PausedPass(threading.Thread):
         self._task = partial(context.run, task)
         del task
         self._wait()
+        own = contextvars.copy_context()
         for variable, value in context.items():
-            if variable not in (own := contextvars.copy_context()) or own[variable] is not value:
+            if variable not in own or own[variable] is not value:
                 variable.set(value)
         (result, error), self._answer = self._answer, (None, None)
         if error is not None:
@@ -277,7 +278,8 @@ class PausedPasses:
             return forward(*args, **kwargs)
         output = current.hand_over(partial(forward, *args, **kwargs))
         given = output if type(output) is tuple else (output,)
-        places = [_find_storage(value) for value in (*given, *tree_leaves((args, kwargs)), *_tensors_of(module))]
+        others = (*tree_leaves((args, kwargs)), *module.parameters(), *module.buffers())
+        places = [_find_storage(value) for value in (*given, *others)]
         moved = [
             value if place is None or places.count(place) > 1 else self._memory.move(value)
             for value, place in zip(given, places, strict=False)
@@ -300,11 +302,6 @@ def _find_beside(model: nn.Module, holds: Collection[nn.Module]) -> set[nn.Modul
     around = {module for module in model.modules() if not set(module.modules()).isdisjoint(holds)}
     beside = {part for module in around - set(holds) for part in module.children()} - around
     return {module for module in beside if not isinstance(module, torch.jit.ScriptModule)}
-
-
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _find_storage(value: Any) -> int | None:
